@@ -1,0 +1,280 @@
+"""The recipe: one YAML file that says everything about a fine-tune. Frozen, hashed, printed back resolved.
+
+Paths in a recipe are relative to the recipe's own folder; `Recipe.load` resolves them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tunesmith.errors import InputError
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(Section):
+    model: str = DEFAULT_BASE
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class TrainFile(Section):
+    path: str
+    weight: float = Field(1.0, gt=0)
+
+
+class Data(Section):
+    train: str | tuple[TrainFile, ...]
+    held_out: Annotated[float, Field(ge=0, lt=1)] | str = 0.15
+    group_by: str | None = None
+    format: Literal["auto", "messages", "prompt_completion", "input_output", "preference", "text"] = "auto"
+    system: str | None = None
+    schema_file: str | None = Field(None, alias="schema")
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    max_seq_len: Annotated[int, Field(ge=2)] | None = None
+    on_long: Literal["error", "drop", "truncate"] = "error"
+
+    @field_validator("train")
+    @classmethod
+    def _at_least_one(cls, value: str | tuple[TrainFile, ...]) -> str | tuple[TrainFile, ...]:
+        if not value:
+            raise ValueError("name at least one training file")
+        return value
+
+    @property
+    def train_files(self) -> tuple[TrainFile, ...]:
+        return (TrainFile(path=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
+
+
+class Adapter(Section):
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    target_modules: str | tuple[str, ...] = "all-linear"  # a regex when a string other than all-linear
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init_from: str | None = None
+
+
+class Objective(Section):
+    kind: Literal["sft"] = "sft"
+
+
+class Train(Section):
+    epochs: float = Field(2, gt=0)
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_examples: int = Field(16, ge=1)
+    lr: Annotated[float, Field(gt=0)] | Auto = "auto"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    seed: int = 0
+    shuffle: bool = True
+    eval_every: Annotated[int, Field(ge=0)] | Auto = "auto"
+    save_every: Annotated[int, Field(ge=0)] | Auto = "auto"
+    patience: Annotated[int, Field(ge=1)] | None = None
+
+
+class Prove(Section):
+    scorers: tuple[str | dict[str, Any], ...] | Auto = "auto"
+    contenders: tuple[str, ...] = ("prompt", "few_shot", "retrieval", "tuned", "tuned+retrieval")
+    few_shot: int = Field(5, ge=1)
+    knowledge: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
+    retention: bool = True
+
+
+class Runtime(Section):
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | Auto = "auto"
+    memory_limit: str | Auto = "auto"  # "4GB", "800MB"
+
+
+class Recipe(Section):
+    name: str = "run"
+    base: Base = Field(default_factory=lambda: Base())
+    data: Data
+    adapter: Adapter | None = Field(default_factory=lambda: Adapter())
+    objective: Objective = Field(default_factory=lambda: Objective())
+    train: Train = Field(default_factory=lambda: Train())
+    prove: Prove = Field(default_factory=lambda: Prove())
+    runtime: Runtime = Field(default_factory=lambda: Runtime())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_base(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("base"), str):
+            return {**raw, "base": {"model": raw["base"]}}
+        return raw
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or any(c in value for c in "/\\\0") or value.startswith("."):
+            raise ValueError("a name is a plain word, without slashes or a leading dot")
+        return value
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe file, apply `a.b=c` overrides, and resolve its paths. Raises InputError."""
+        path = Path(path)
+        raw, lines = _read_yaml(path)
+        raw.setdefault("name", path.stem)
+        for override in overrides:
+            _apply_override(raw, override)
+        _resolve_paths(raw, path.parent)
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise _as_input_error(error, path, lines) from None
+
+    def hash(self) -> str:
+        """SHA-256 over every value that can change the result; `name` and `runtime` are left out."""
+        content = self.model_dump(mode="json", by_alias=True, exclude={"name", "runtime"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError("there is no such recipe; name a YAML file", file=path) from None
+    except IsADirectoryError:
+        raise InputError("this is a folder; name a recipe file", file=path) from None
+    except UnicodeDecodeError:
+        raise InputError("the recipe is not UTF-8 text; save it as UTF-8", file=path) from None
+    except OSError as error:
+        raise InputError(f"the recipe cannot be read ({error.strerror})", file=path) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise InputError(f"not valid YAML: {problem}", file=path, line=mark.line + 1 if mark else None) from None
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise InputError("a recipe is a mapping such as `data: {train: rows.jsonl}`; this file holds none", file=path)
+    lines: dict[tuple[str, ...], int] = {}
+    _collect_lines(node, (), lines, path)
+    return raw, lines
+
+
+def _collect_lines(
+    node: yaml.Node | None, where: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path
+) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here, line = (*where, str(key.value)), key.start_mark.line + 1
+        if here in lines:
+            raise InputError(f'the key "{".".join(here)}" stands twice; keep one', file=path, line=line)
+        lines[here] = line
+        _collect_lines(value, here, lines, path)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, sign, text = override.partition("=")
+    if not sign or not dotted:
+        raise InputError(f'--set "{override}" is not of the form a.b=c')
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *parents, last = dotted.strip().split(".")
+    section = raw
+    for parent in parents:
+        inner = section.get(parent)
+        if parent == "base" and isinstance(inner, str):
+            inner = {"model": inner}
+        section[parent] = inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise InputError(f'--set "{override}": "{parent}" is a value, not a section')
+        section = inner
+    section[last] = value
+
+
+def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Make paths absolute against the recipe's folder, where they point at something there or look like a path."""
+
+    def resolve(text: Any) -> Any:
+        if not isinstance(text, str) or text.startswith("hub:"):
+            return text
+        return str((folder / Path(text).expanduser()).resolve())
+
+    data = raw.get("data")
+    if isinstance(data, dict):
+        train = data.get("train")
+        if isinstance(train, str):
+            data["train"] = resolve(train)
+        elif isinstance(train, list):
+            data["train"] = [
+                {"path": resolve(entry)}
+                if isinstance(entry, str)
+                else {**entry, "path": resolve(entry.get("path"))}
+                if isinstance(entry, dict)
+                else entry
+                for entry in train
+            ]
+        for key in ("held_out", "schema"):
+            if isinstance(data.get(key), str):
+                data[key] = resolve(data[key])
+    for section, key in (("adapter", "init_from"), ("prove", "knowledge")):
+        if isinstance(raw.get(section), dict) and raw[section].get(key) is not None:
+            raw[section][key] = resolve(raw[section][key])
+    base = raw.get("base")
+    model = base.get("model") if isinstance(base, dict) else base
+    if isinstance(model, str) and (model.endswith(".gguf") or model.startswith((".", "~", "/"))):
+        resolved = resolve(model)
+        raw["base"] = {**base, "model": resolved} if isinstance(base, dict) else resolved
+
+
+def _as_input_error(error: ValidationError, path: Path, lines: dict[tuple[str, ...], int]) -> InputError:
+    """The first fault as one sentence, an unknown key before any other."""
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    where = tuple(str(part) for part in fault["loc"])
+    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
+    dotted = ".".join(where)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
+        return InputError(f'unknown key "{dotted}"; {hint}', file=path, line=line)
+    if fault["type"] == "missing":
+        return InputError(f'the key "{dotted}" is required', file=path, line=line)
+    message = fault["msg"].removeprefix("Value error, ")
+    return InputError(f'"{dotted}": {message[:1].lower()}{message[1:]}', file=path, line=line)
+
+
+def _known_keys(where: tuple[str, ...]) -> list[str]:
+    """The keys allowed under a dotted place of the recipe."""
+    sections: dict[str, type[Section]] = {
+        "base": Base,
+        "data": Data,
+        "adapter": Adapter,
+        "objective": Objective,
+        "train": Train,
+        "prove": Prove,
+        "runtime": Runtime,
+    }
+    model: type[Section] = Recipe if not where else TrainFile if where[:2] == ("data", "train") else sections[where[0]]
+    return [info.alias or name for name, info in model.model_fields.items()]
