@@ -136,6 +136,19 @@ class Recipe(Section):
         path = Path(path)
         raw, lines = _read_yaml(path)
         raw.setdefault("name", path.stem)
+        return cls._build(raw, overrides, path, lines)
+
+    @classmethod
+    def of_data(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """The recipe of a bare data file: every other key at its default."""
+        path = Path(path)
+        raw = {"name": path.name.split(".")[0] or "data", "data": {"train": str(path.resolve())}}
+        return cls._build(raw, overrides, path, {})
+
+    @classmethod
+    def _build(
+        cls, raw: dict[str, Any], overrides: Iterable[str], path: Path, lines: dict[tuple[str, ...], int]
+    ) -> Recipe:
         for override in overrides:
             _apply_override(raw, override)
         _resolve_paths(raw, path.parent)
@@ -145,12 +158,23 @@ class Recipe(Section):
             raise _as_input_error(error, path, lines) from None
 
     def hash(self) -> str:
-        """SHA-256 over every value that can change the result; `name` and `runtime` are left out."""
-        content = self.model_dump(mode="json", by_alias=True, exclude={"name", "runtime"})
+        """SHA-256 over every value that can change the result: not `name`, `runtime`, nor the folders files lie in.
+
+        What the files hold is hashed by itself, in the lineage.
+        """
+        content = _without_folders(self.model_dump(mode="json", by_alias=True, exclude={"name", "runtime"}))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:

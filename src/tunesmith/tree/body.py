@@ -6,15 +6,25 @@ through the forward's keyword arguments; the model definitions stay those of tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from tunesmith.errors import InputError
+from tunesmith.tree.heads import head_of
+from tunesmith.tree.layout import build_tree
+from tunesmith.tree.oracle import DenseContext
+from tunesmith.types import TokenizedExample
 
 ATTENTION = "tunesmith"
+WINDOWED = "sliding_attention"
+ATTENDING = {"full_attention", WINDOWED, "attention", "hybrid"}  # kinds of layer that attend as the context does
 
 
 class AttentionContext(Protocol):
@@ -69,27 +79,29 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
-def prepare(model: PreTrainedModel) -> None:
-    """Route the model's attention through contexts. Raises InputError, naming the model, where that is not possible."""
-    probe = _Probe()
-    name = type(model).__name__
-    layers = model.config.get_text_config().num_hidden_layers
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    foreign = kinds - {"full_attention", "sliding_attention"}
-    if foreign:
-        raise InputError(f"{name} has layers of kind {', '.join(sorted(foreign))}, which tunesmith cannot run")
-    before = model.config._attn_implementation
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a prepared model may be given. `reason` is a sentence for the user where sharing is off."""
+
+    share: bool  # sequences may branch from one another and lie in one pass
+    reason: str | None = None
+
+
+def prepare(model: PreTrainedModel) -> Abilities:
+    """Route the model's attention through contexts, and prove on a few tokens that nothing is lost by it.
+
+    Raises InputError, naming the model, where that is not possible: a model that keeps its attention to itself, or
+    whose attention, positions or output head do more than tunesmith computes.
+    """
+    name, before = type(model).__name__, model.config._attn_implementation
     try:
-        model.set_attn_implementation(ATTENTION)
-        ids = torch.zeros(2, dtype=torch.long, device=model.device)
-        with torch.no_grad():
-            run_body(model, ids, torch.arange(2, device=model.device), probe)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        with _evaluation(model), torch.no_grad():
+            return _route(model, name)
+    except (InputError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         model.set_attn_implementation(before)
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{name} does not go through transformers' attention interface ({error})") from None
-    if probe.layers != set(range(layers)):
-        model.set_attn_implementation(before)
-        raise InputError(f"{name} does not go through transformers' attention interface in every layer")
 
 
 def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
@@ -102,15 +114,71 @@ def run_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, co
 
 def head_weight(model: PreTrainedModel) -> Tensor:
     """The output head's weight [vocabulary, hidden]."""
-    return model.get_output_embeddings().weight  # type: ignore[union-attr, return-value]
+    return head_of(model).weight
 
 
-class _Probe:
-    """Notes which layers asked for attention."""
+def _route(model: PreTrainedModel, name: str) -> Abilities:
+    model.set_attn_implementation("eager")
+    ids = torch.arange(6, device=model.device)
+    expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    model.set_attn_implementation(ATTENTION)
+    probe = _Probe([[0, 1, 2, 3, 4, 5]])
+    hidden = probe.run(model)
+    _check_layers(model, name, probe)
+    if not _close(expected, head_of(model).logits(hidden).float()):
+        raise InputError(f"{name} computes something in its attention or output head that tunesmith cannot follow")
+    # Two branches behind one prefix. Where the second sees anything of the first, layers carry a state of their own.
+    branched, alone = _Probe([[0, 1, 2, 3, 4], [0, 1, 2, 5]]).run(model), _Probe([[0, 1, 2, 5]]).run(model)
+    if not _close(alone[-1].float(), branched[-1].float()):
+        return Abilities(False, f"{name} carries a state from token to token, so every row is computed by itself")
+    return Abilities(True)
 
-    def __init__(self) -> None:
-        self.layers: set[int] = set()
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        self.layers.add(layer)
-        return query.transpose(1, 2)
+def _check_layers(model: PreTrainedModel, name: str, probe: _Probe) -> None:
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    if not probe.windows:
+        raise InputError(f"{name} does not go through transformers' attention interface")
+    for layer, kind in enumerate(kinds):
+        attends = layer in probe.windows
+        if kind is None and not attends:
+            raise InputError(f"{name} does not go through transformers' attention interface in every layer")
+        if attends != (kind is None or kind in ATTENDING):
+            raise InputError(f"{name} has layers of kind {kind}, which tunesmith cannot run")
+        if kind == WINDOWED and probe.windows[layer] is None:
+            raise InputError(f"{name} hides its sliding window from transformers' attention interface")
+
+
+@contextmanager
+def _evaluation(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _close(expected: Tensor, actual: Tensor) -> bool:
+    """Equal but for rounding; bfloat16 rounds at 2^-8."""
+    return bool((expected - actual).abs().max() <= 0.03 * expected.abs().max().clamp(min=1e-6))
+
+
+class _Probe(DenseContext):
+    """Notes which layers asked for attention, and with which window."""
+
+    def __init__(self, sequences: list[list[int]]) -> None:
+        rows = [
+            TokenizedExample("probe", np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.float32))
+            for ids in sequences
+        ]
+        super().__init__(build_tree(rows))
+        self.windows: dict[int, int | None] = {}
+
+    def run(self, model: PreTrainedModel) -> Tensor:
+        ids = torch.as_tensor(self.tree.input_ids, device=model.device)
+        return run_body(model, ids, torch.as_tensor(self.tree.position_ids, device=model.device), self)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        self.windows[layer] = settings["sliding_window"]
+        return super().attend(layer, query, key, value, **settings)

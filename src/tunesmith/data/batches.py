@@ -1,0 +1,219 @@
+"""Which examples an optimiser step holds, and how they are laid out to be computed.
+
+The recipe's order decides the first, alone: `epoch_order` is a pure function of its arguments, so step N is known
+without running steps 1 to N-1 and a resumed run sees what the uninterrupted one would have. The planner decides the
+second: micro-batches of at most `token_budget` tokens, none of which changes the gradient, because the loss is a sum
+and the step's total weight is known before its first forward pass.
+
+    one micro-batch      the step's tree, where it fits
+    several              behind a common prefix that is computed once a step: forward, micro-batches (which leave their
+                         gradients in its keys and values), backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tunesmith.errors import InputError
+from tunesmith.tree.layout import TokenTree, build_tree, shared_lengths, sort_order
+from tunesmith.types import TokenizedExample
+
+PREFIX_WORTH_KEEPING = 64  # computing a prefix apart costs a pass over the model's weights: about so many tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Micro-batches behind one prefix, or, without a prefix, on their own."""
+
+    prefix: TokenTree | None
+    trees: tuple[TokenTree, ...]
+    examples: tuple[tuple[int, ...], ...]  # for each tree, the step's examples it was built from, in its order
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All that one update of the weights is computed from."""
+
+    index: int  # from 0, over the whole run
+    epoch: float  # epochs completed once this step is done
+    groups: tuple[Group, ...]
+    examples: tuple[TokenizedExample, ...]
+    weight: float  # what the loss is divided by
+
+    @property
+    def example_ids(self) -> tuple[str, ...]:
+        return tuple(example.example_id for example in self.examples)
+
+    @property
+    def trees(self) -> tuple[TokenTree, ...]:
+        return tuple(tree for group in self.groups for tree in group.trees)
+
+    @property
+    def tokens(self) -> int:
+        """Every example in full."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+    @property
+    def computed_tokens(self) -> int:
+        """What the model really runs."""
+        prefixes = sum(group.prefix.tokens for group in self.groups if group.prefix is not None)
+        return prefixes + sum(tree.tokens for tree in self.trees)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(int(np.count_nonzero(example.weights)) for example in self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How examples may be laid out. `share` False where branching is not exact; `pack` False where neighbours leak."""
+
+    token_budget: int
+    share: bool = True
+    pack: bool = True
+
+
+def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
+    """The order in which epoch `epoch` (from 0) visits `n` examples: a pure function of its arguments."""
+    if not shuffle:
+        return np.arange(n)
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+
+
+def steps_per_epoch(n: int, batch_examples: int) -> int:
+    """The last step of an epoch may be short; no step crosses into the next epoch."""
+    return -(-n // batch_examples)
+
+
+def count_steps(n: int, batch_examples: int, epochs: float, max_steps: int | None = None) -> int:
+    """Optimiser steps of a run; `max_steps` wins over `epochs`, and half an epoch is half its steps, at least one."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, round(epochs * steps_per_epoch(n, batch_examples)))
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The steps of a run, each made when asked for: `plan[7]` needs nothing of the six before it."""
+
+    examples: Sequence[TokenizedExample]
+    batch_examples: int
+    steps: int
+    seed: int
+    shuffle: bool
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise InputError("there are no rows to train on; name a file that has some")
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> Step:
+        if not 0 <= index < self.steps:
+            raise IndexError(index)
+        n = len(self.examples)
+        epoch, within = divmod(index, steps_per_epoch(n, self.batch_examples))
+        order = epoch_order(n, epoch, self.seed, self.shuffle)
+        chosen = order[within * self.batch_examples : (within + 1) * self.batch_examples]
+        done = min((within + 1) * self.batch_examples, n)
+        return make_step(index, epoch + done / n, [self.examples[i] for i in chosen], self.layout)
+
+    def too_long(self) -> list[TokenizedExample]:
+        """Examples longer than the budget: each is computed by itself, over the budget."""
+        return [example for example in self.examples if len(example.input_ids) > self.layout.token_budget]
+
+
+def make_step(index: int, epoch: float, examples: Sequence[TokenizedExample], layout: Layout) -> Step:
+    """Lay the examples of one step out. Raises InputError, naming the rows, where there is nothing to learn from."""
+    weight = float(sum(example.weights.sum(dtype=np.float64) for example in examples))
+    if not weight > 0:
+        names = ", ".join(example.example_id for example in examples[:3])
+        raise InputError(f"a step holds no supervised token (rows {names}); leave such rows out")
+    return Step(index, epoch, tuple(plan_groups(examples, layout)), tuple(examples), weight)
+
+
+def plan_groups(examples: Sequence[TokenizedExample], layout: Layout) -> Iterator[Group]:
+    """Micro-batches under the budget, in an order of their own, that together hold every example once."""
+    if layout.share and layout.pack:
+        yield from _Planner(examples, layout.token_budget).groups()
+        return
+    batch: list[int] = []
+    for i, example in enumerate(examples):
+        size = sum(len(examples[j].input_ids) for j in batch) + len(example.input_ids)
+        if batch and (size > layout.token_budget or not layout.pack):
+            yield _group(examples, batch, share=False)
+            batch = []
+        batch.append(i)
+    if batch:
+        yield _group(examples, batch, share=False)
+
+
+def _group(examples: Sequence[TokenizedExample], chosen: Sequence[int], *, share: bool) -> Group:
+    tree = build_tree([examples[i] for i in chosen], share=share)
+    return Group(None, (tree,), (tuple(chosen),))
+
+
+class _Planner:
+    """Cuts the sorted sequences of a step where they differ most. [i, j) below are ranges of the sorted order."""
+
+    def __init__(self, examples: Sequence[TokenizedExample], budget: int) -> None:
+        self.examples, self.budget = examples, budget
+        self.order = sort_order(examples)
+        self.shared = shared_lengths(examples, self.order)
+        self.lengths = np.array([len(examples[i].input_ids) for i in self.order])
+
+    def groups(self) -> Iterator[Group]:
+        return self._cut(0, len(self.order))
+
+    def _tokens(self, i: int, j: int) -> int:
+        """Distinct tokens of the sequences in [i, j)."""
+        return int(self.lengths[i:j].sum() - self.shared[i + 1 : j].sum())
+
+    def _cut(self, i: int, j: int) -> Iterator[Group]:
+        if self._tokens(i, j) <= self.budget or j - i == 1:
+            yield _group(self.examples, self.order[i:j], share=True)
+            return
+        common = int(self.shared[i + 1 : j].min())
+        starts = [i, *(np.flatnonzero(self.shared[i + 1 : j] == common) + i + 1).tolist(), j]
+        room = max(self.budget - common, self.budget // 2)
+        bins: list[tuple[int, int]] = []
+        for a, b in zip(starts[:-1], starts[1:], strict=True):
+            if self._tokens(a, b) - common > room and b - a > 1:
+                yield from self._close(bins, common)
+                bins = []
+                yield from self._cut(a, b)
+            elif bins and self._tokens(bins[-1][0], b) - common <= room:
+                bins[-1] = (bins[-1][0], b)
+            else:
+                bins.append((a, b))
+        yield from self._close(bins, common)
+
+    def _close(self, bins: list[tuple[int, int]], common: int) -> Iterator[Group]:
+        """Bins that differ after `common` tokens, with that prefix computed once where it saves something."""
+        if not bins:
+            return
+        members = [self.order[a:b] for a, b in bins]
+        prefix = min(common, *(self._unsupervised(i) for chosen in members for i in chosen))
+        if prefix * (len(bins) - 1) < PREFIX_WORTH_KEEPING:
+            yield from (_group(self.examples, chosen, share=True) for chosen in members)
+            return
+        first = self.examples[members[0][0]]
+        head = TokenizedExample(first.example_id, first.input_ids[:prefix], np.zeros(prefix, dtype=np.float32))
+        trees, used = [], []
+        for chosen in members:
+            longer = [i for i in chosen if len(self.examples[i].input_ids) > prefix]
+            if longer:
+                trees.append(build_tree([self.examples[i] for i in longer], prefix=prefix))
+                used.append(tuple(longer))
+        yield Group(build_tree([head]), tuple(trees), tuple(used))
+
+    def _unsupervised(self, i: int) -> int:
+        """How many leading tokens of an example predict nothing that counts."""
+        supervised = np.flatnonzero(self.examples[i].weights)
+        return int(supervised[0]) - 1 if len(supervised) else len(self.examples[i].input_ids)

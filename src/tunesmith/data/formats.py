@@ -1,0 +1,132 @@
+"""The training and held-out rows of a recipe, read whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from tunesmith.data.files import bare_suffix, megabytes
+from tunesmith.data.interpret import Format, detect, is_format, refuse_alpaca, refuse_unknown, to_example
+from tunesmith.data.hub import PREFIX
+from tunesmith.data.rows import Row, RowError
+from tunesmith.data.sources import read_rows
+from tunesmith.errors import InputError
+from tunesmith.recipe import Data, TrainFile
+from tunesmith.types import Example, Finding, Source
+
+MAX_TOTAL_BYTES = 2 * 2**30  # rows are held in memory once read
+ROW_OVERHEAD = 1000  # bytes a row takes in memory beside its text
+
+
+def _silent(sentence: str) -> None: ...
+
+
+def read_examples(
+    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = _silent
+) -> list[Example]:
+    """Every training row of the recipe's data section, in order.
+
+    A bad row raises InputError; with `faults` given it is left out and a blocking Finding appended there instead.
+    `say` is told in a sentence which format was found and why. A file of weight 2.5 gives each of its rows twice and
+    half of them (always the same half) a third time; of weight 0.1 a tenth of them. Copies share their `source`.
+    """
+    reader = _Reader(data, faults, say)
+    return [example for file in data.train_files for example in reader.examples(file)]
+
+
+def read_held_out(
+    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = _silent
+) -> list[Example] | None:
+    """The rows of the held-out file, or None where `data.held_out` is a fraction. Raises InputError."""
+    if not isinstance(data.held_out, str):
+        return None
+    return list(_Reader(data, faults, say).examples(TrainFile(path=data.held_out, weight=1.0)))
+
+
+class _Reader:
+    """Reads files that must agree in their format, up to a total size."""
+
+    def __init__(self, data: Data, faults: list[Finding] | None, say: Callable[[str], None]) -> None:
+        self._data, self._faults, self._say = data, faults, say
+        self._format: Format | None = None if data.format == "auto" else data.format
+        self._first: Source | None = None
+        self._size = 0
+
+    def examples(self, file: TrainFile) -> Iterator[Example]:
+        _refuse_huge(file)
+        rows = 0
+        for row in read_rows(file.path):
+            rows += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                example = self._example(row)
+            except RowError as error:
+                if self._faults is None:
+                    raise
+                self._faults.append(as_finding(error))
+                continue
+            copies = _copies(example, file.weight)
+            if copies:
+                self._size += row.size + ROW_OVERHEAD
+                if self._size > MAX_TOTAL_BYTES:
+                    raise _too_much(file.path)
+            yield from [example] * copies
+        if not rows:
+            raise InputError("the file holds no rows; it needs at least one", file=file.path)
+
+    def _example(self, row: Row) -> Example:
+        auto = self._data.format == "auto"
+        if self._format is None:
+            found = detect(row.fields)
+            if found is None:
+                refuse_unknown(row)
+            self._format, self._first = found[0], row.source
+            self._say(f"data format: {found[0]}, because {row.source} has {found[1]}")
+        elif auto and not is_format(row.fields, self._format):
+            self._refuse_mixed(row)
+        if auto and self._format == "input_output" and "instruction" in row.fields:
+            refuse_alpaca(row)
+        return to_example(row, self._format, self._data.system)
+
+    def _refuse_mixed(self, row: Row) -> None:
+        """A row of another known format is named together with the row that set the format."""
+        other = detect(row.fields)
+        if other is not None:
+            raise RowError(
+                f"the row has format {other[0]} ({other[1]}) but {self._first} has format {self._format}; "
+                "use one format, or put the rows in separate runs",
+                rule="mixed-formats",
+                source=row.source,
+            )
+
+
+def as_finding(error: RowError) -> Finding:
+    """A row that can't be read, as the gate reports it."""
+    reason, _, remedy = error.reason.partition("; ")
+    return Finding(
+        error.rule, "block", reason, remedy or "mend or remove the row", error.source.file, (error.source.line,)
+    )
+
+
+def _copies(example: Example, weight: float) -> int:
+    """How often a row of this weight is taken. The part after the point is decided by the row's content."""
+    whole = int(weight)
+    place = int(example.id, 16) / 16 ** len(example.id)  # uniform in [0, 1)
+    return whole + (place < weight - whole)
+
+
+def _refuse_huge(file: TrainFile) -> None:
+    """Refuse at once what would be refused after minutes of reading."""
+    if file.path.startswith(PREFIX) or file.path.endswith(".gz") or bare_suffix(file.path) == ".parquet":
+        return
+    if os.path.isfile(file.path) and os.path.getsize(file.path) * min(1.0, file.weight) > MAX_TOTAL_BYTES:
+        raise _too_much(file.path)
+
+
+def _too_much(path: str) -> InputError:
+    return InputError(
+        f"the rows would take more than {megabytes(MAX_TOTAL_BYTES)} of memory; take a share of the file by "
+        "train: [{path: …, weight: 0.1}]",
+        file=path,
+    )

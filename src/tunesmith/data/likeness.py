@@ -1,0 +1,59 @@
+"""Which examples ask the same thing, or nearly the same."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.data.minhash import Labels, cluster_texts
+from tunesmith.data.parts import input_text, preamble
+from tunesmith.types import Example
+
+ENDINGS = " .,;:!?…\"'`"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """`same[i]` numbers the distinct normalised inputs, `near[i]` the clusters of near-duplicates. Both [examples].
+
+    `keys[i]` is a number in [0, 1) decided by the normalised input alone.
+    """
+
+    same: Labels
+    near: Labels
+    keys: np.ndarray
+
+
+def normalise(text: str) -> str:
+    """Text without the differences that don't count: case, width, white space, marks at its ends."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split()).strip(ENDINGS)
+
+
+def uniform(text: str) -> float:
+    """A number in [0, 1) decided by a text alone."""
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def likeness(examples: Sequence[Example]) -> Likeness:
+    """Compare the inputs of all examples with one another, standing instructions included."""
+    numbers: dict[bytes, int] = {}
+    texts: list[str] = []
+    keys: list[float] = []
+    same = np.empty(len(examples), np.int64)
+    for i, example in enumerate(examples):
+        before = preamble(example)
+        text = normalise(f"{before}\n{input_text(example)}" if before else input_text(example))
+        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+        same[i] = numbers.setdefault(digest, len(texts))
+        if same[i] == len(texts):
+            texts.append(text)
+            keys.append(uniform(text))
+    near = cluster_texts(texts)
+    return Likeness(same, near[same] if len(same) else same, np.array(keys)[same] if len(same) else np.zeros(0))

@@ -1,0 +1,79 @@
+"""The two halves of an example: what is asked, and what must be answered."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+from tunesmith.types import Example, Message
+
+LONGEST_LABEL = 60  # characters
+MOST_LABELS = 200
+STANDING_ROLES = ("system", "developer")
+
+
+def asked_turns(example: Example) -> tuple[Message, ...]:
+    """The turns the model is given: all before the last assistant turn, or the shared prompt of a preference."""
+    return example.messages[:-1] if example.kind == "chat" else example.messages
+
+
+def preamble(example: Example) -> str:
+    """The standing instructions: system and developer turns."""
+    return "\n".join(m.get("content") or "" for m in asked_turns(example) if m["role"] in STANDING_ROLES)
+
+
+def input_text(example: Example) -> str:
+    """What is asked, without standing instructions. A text row's text; the answer where nothing is asked."""
+    if example.kind == "text":
+        return example.text or ""
+    if example.kind == "completion":
+        return example.prompt or answer_text(example)
+    turns = (said(message) for message in asked_turns(example) if message["role"] not in STANDING_ROLES)
+    return "\n".join(turns) or answer_text(example)
+
+
+def answer_text(example: Example) -> str:
+    """What must be answered: the last assistant turn, the completion, the chosen turn; "" for a text row."""
+    if example.kind == "completion":
+        return example.completion or ""
+    if example.kind == "text":
+        return ""
+    return said(example.messages[-1] if example.kind == "chat" else example.chosen[-1])
+
+
+def said(message: Message) -> str:
+    """A turn's content, or its tool calls as JSON where it has none."""
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if content or not calls:
+        return content or ""
+    functions = [{"name": c["function"]["name"], "arguments": _parsed(c["function"]["arguments"])} for c in calls]
+    return json.dumps(functions, ensure_ascii=False)
+
+
+def _parsed(arguments: str) -> object:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def distinct(examples: Sequence[Example]) -> list[Example]:
+    """The examples without the copies that a training file's weight made: one a source."""
+    return list({example.source: example for example in examples}.values())
+
+
+def labels(examples: Sequence[Example]) -> list[str] | None:
+    """Each example's answer, where the answers are a few short labels; None for any other task.
+
+    At most 200 labels of at most 60 characters (by the median), five rows a label on average.
+    """
+    answers = [answer_text(example).strip() for example in examples]
+    counts = Counter(answers)
+    if not 2 <= len(counts) <= min(MOST_LABELS, len(answers) / 5) or "" in counts:
+        return None
+    if statistics.median(map(len, answers)) > LONGEST_LABEL or any(a.startswith(("{", "[")) for a in counts):
+        return None
+    return answers

@@ -1,0 +1,134 @@
+"""Load a base: safetensors only, no code from the model's folder, one float type throughout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.errors import InputError
+from tunesmith.models.catalogue import Resolved, resolve
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A base in memory, in eval mode and frozen."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    folder: Path
+    revision: str | None  # the commit of a hub model
+    weights_hash: str
+    context_length: int  # tokens
+    device: torch.device
+
+
+def load_base(
+    model: str, *, revision: str | None = None, dtype: Dtype = "auto", device: Device | str = "auto"
+) -> LoadedBase:
+    """Find a base by name (catalogue, hub id, folder, .gguf file), fetch it if needed, and load it.
+
+    `dtype` auto is bfloat16 on a device that computes in it, float32 elsewhere. Raises InputError.
+    """
+    resolved = resolve(model, revision)
+    place = pick_device(device)
+    weights = _load_weights(resolved, pick_dtype(dtype, place), place)
+    tokenizer = load_tokenizer(resolved.folder)
+    rows = weights.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows}; use the tokenizer it was trained with",
+            file=resolved.folder,
+        )
+    return LoadedBase(
+        model=weights,
+        tokenizer=tokenizer,
+        name=resolved.name,
+        folder=resolved.folder,
+        revision=resolved.revision,
+        weights_hash=resolved.weights_hash,
+        context_length=_context_length(weights, tokenizer),
+        device=place,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model's folder. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"its tokenizer cannot be loaded ({_first_line(error)})", file=folder) from None
+    if not tokenizer.is_fast:
+        raise InputError("its tokenizer has no fast form (tokenizer.json); save it as one first", file=folder)
+    return tokenizer
+
+
+def pick_device(device: Device | str) -> torch.device:
+    """auto: CUDA where there is one, then Apple's GPU, then the CPU. Raises InputError for one that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(kind, False):
+        raise InputError(f'runtime.device "{device}" is not on this machine; use auto or cpu')
+    return torch.device(device)
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on CUDA that computes in it, else float32. Halved types on a CPU are slower, not faster."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _load_weights(resolved: Resolved, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    folder = resolved.folder
+    _refuse_quantised(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(f"the model cannot be loaded ({_first_line(error)})", file=folder) from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise InputError(f"the weights lack {missing[0]} and {len(missing) - 1} more; copy the model again", file=folder)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _refuse_quantised(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"its config.json is not valid JSON ({_first_line(error)}); copy it again", file=folder) from None
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise InputError(f"its weights are quantised ({method}); use the model's unquantised weights", file=folder)
+
+
+def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model was made for, by its configuration, else by its tokenizer."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if stated:
+        return int(stated)
+    # Models without a limit of their own (ALiBi, recurrent) leave the tokenizer's, which may be a huge number.
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1 << 24 else 2048
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

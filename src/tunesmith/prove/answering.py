@@ -1,0 +1,202 @@
+"""Asking a model: prompts in, replies out, each remembered so that a killed proof continues where it was.
+
+The engine and an OpenAI-compatible endpoint (endpoint.py) are both a `Model`; what is asked is a contender's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tunesmith.engine.request import Request
+from tunesmith.types import Message
+
+if TYPE_CHECKING:
+    from tunesmith.engine.request import Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is given: chat turns with their tools, or plain text that no template touches."""
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back. `error` is set where nothing did; the reply then counts as an empty answer, and as a fault.
+
+    `seconds` is the wall time of the batch it was answered in, divided by the batch's size.
+    """
+
+    output: str
+    finish_reason: str  # stop | length | error
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    error: str | None = None
+
+
+def failed(error: str, prompt_tokens: int = 0) -> Reply:
+    """A reply that never came."""
+    return Reply("", "error", prompt_tokens, 0, 0.0, error)
+
+
+class Model(Protocol):
+    """Something that answers prompts."""
+
+    def fingerprint(self, prompt: Prompt) -> str | None:
+        """Names everything the reply depends on; None where that isn't known and nothing may be remembered."""
+        ...
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
+        """One reply a prompt, in order."""
+        ...
+
+
+class AnsweringEngine(Protocol):
+    """The part of `tunesmith.Engine` that proving needs; a scripted fake stands in for it in tests."""
+
+    def generate(self, requests: list[Request]) -> list[Answer]: ...
+
+    def logprobs(
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None
+    ) -> Sequence[float]: ...
+
+
+class PromptRenderer(Protocol):
+    """The part of `chat.Renderer` that proving needs."""
+
+    has_template: bool
+    template_hash: str
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]: ...
+
+    def completion_prompt_ids(self, prompt: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """One adapter (None: the base) of an engine, greedy. `weights_hash` None: replies aren't remembered."""
+
+    engine: AnsweringEngine
+    renderer: PromptRenderer
+    max_tokens: int
+    context_length: int
+    adapter: str | None = None
+    weights_hash: str | None = None
+    schema: dict[str, Any] | None = None
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens the engine will see."""
+        if prompt.text is not None:
+            return self.renderer.completion_prompt_ids(prompt.text)
+        return self.renderer.prompt_ids(prompt.messages, prompt.tools)
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether the prompt leaves room for a whole answer."""
+        return len(self.prompt_ids(prompt)) + self.max_tokens <= self.context_length
+
+    def fingerprint(self, prompt: Prompt) -> str | None:
+        """SHA-256 over weights, prompt ids, length, and schema."""
+        if self.weights_hash is None:
+            return None
+        return _sha256([self.weights_hash, self.prompt_ids(prompt), self.max_tokens, self.schema])
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
+        """One greedy reply a prompt. A prompt that leaves no room for an answer fails by itself, not the batch."""
+        replies: dict[int, Reply] = {}
+        requests: dict[int, Request] = {}
+        for place, prompt in enumerate(prompts):
+            length = len(self.prompt_ids(prompt))
+            room = min(self.max_tokens, self.context_length - length)
+            if room < 1:
+                error = f"the prompt has {length} tokens, the base takes {self.context_length}"
+                replies[place] = failed(error, length)
+            else:
+                requests[place] = self._request(prompt, room)
+        if requests:
+            began = time.perf_counter()
+            answers = self.engine.generate(list(requests.values()))
+            seconds = (time.perf_counter() - began) / len(requests)
+            for place, answer in zip(requests, answers, strict=True):
+                replies[place] = Reply(
+                    _storable(answer.text), answer.finish_reason, answer.prompt_tokens, len(answer.ids), seconds
+                )
+        return [replies[place] for place in range(len(prompts))]
+
+    def _request(self, prompt: Prompt, max_tokens: int) -> Request:
+        settings: dict[str, Any] = {"adapter": self.adapter, "max_tokens": max_tokens, "temperature": 0.0}
+        if self.schema is not None:
+            settings["schema"] = self.schema
+        if prompt.text is not None:
+            return Request(prompt_ids=self.renderer.completion_prompt_ids(prompt.text), **settings)
+        if prompt.tools:
+            settings["tools"] = list(prompt.tools)
+        return Request(messages=list(prompt.messages), **settings)
+
+
+class ReplyCache:
+    """Replies by fingerprint in an append-only JSONL file; a last line cut off by a kill is ignored."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._replies: dict[str, Reply] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def answer(self, model: Model, prompts: Sequence[Prompt]) -> list[Reply]:
+        """Replies from memory where the model has answered the same before, and from the model where not."""
+        keys = [model.fingerprint(prompt) for prompt in prompts]
+        replies = [self._replies.get(key) if key is not None else None for key in keys]
+        unanswered = [place for place, reply in enumerate(replies) if reply is None]
+        if unanswered:
+            fresh = model.answer([prompts[place] for place in unanswered])
+            for place, reply in zip(unanswered, fresh, strict=True):
+                replies[place] = reply
+            self._remember({keys[place]: replies[place] for place in unanswered})
+        return [reply for reply in replies if reply is not None]
+
+    def _remember(self, fresh: dict[str | None, Reply | None]) -> None:
+        kept = {key: reply for key, reply in fresh.items() if key is not None and reply is not None and not reply.error}
+        self._replies |= kept
+        if self._path is None or not kept:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            for key, reply in kept.items():
+                file.write(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, path: Path) -> None:
+        whole = 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                try:
+                    entry = json.loads(line)
+                    self._replies[entry.pop("key")] = Reply(**entry)
+                except (ValueError, KeyError, TypeError):
+                    continue
+        if whole < path.stat().st_size:  # or the next line would be glued to the torn one
+            with path.open("rb+") as file:
+                file.truncate(whole)
+
+
+def _storable(text: str) -> str:
+    """Lone surrogates can't be written as UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

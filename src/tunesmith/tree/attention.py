@@ -1,0 +1,204 @@
+"""Attention over a token tree.
+
+CPU: a cascade. Each part of the tree (parts.py) is an ordinary attention; parts that share queries are merged by their
+log-sum-exp, exactly: softmax over a union of keys is the sum of the softmaxes over its pieces, each weighted by
+exp(lse_piece - lse_union). The backward of a part is the ordinary one, given the MERGED output and log-sum-exp,
+because its probabilities are then those of the union (the identity ring attention uses, arXiv:2310.01889).
+CUDA: FlexAttention with the tree's one-line mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunesmith.tree.kernels import backward_part, forward_part
+from tunesmith.tree.layout import TokenTree
+from tunesmith.tree.parts import Parts, plan_parts
+
+
+@dataclass
+class PrefixCache:
+    """Keys and values of a prefix computed once, by layer: [1, kv_heads, prefix, dim] each."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def leaves(self) -> PrefixCache:
+        """The same values cut off from the graph, to collect gradients in."""
+        return PrefixCache(
+            {layer: key.detach().requires_grad_() for layer, key in self.keys.items()},
+            {layer: value.detach().requires_grad_() for layer, value in self.values.items()},
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Keys, then values, by layer."""
+        return [t for side in (self.keys, self.values) for _, t in sorted(side.items())]
+
+
+class TreeContext:
+    """An AttentionContext for one TokenTree. `prefix` gives the keys and values of the tokens before the tree."""
+
+    def __init__(self, tree: TokenTree, *, prefix: PrefixCache | None = None, record: bool = False) -> None:
+        assert (prefix is not None) == (tree.prefix > 0), "a tree with a prefix needs its cache, and only such a tree"
+        self.tree, self.prefix = tree, prefix
+        self.recorded = PrefixCache() if record else None
+        self._parts: dict[int | None, Parts] = {}
+
+    def parts(self, sliding_window: int | None) -> Parts:
+        if sliding_window not in self._parts:
+            self._parts[sliding_window] = plan_parts(self.tree, sliding_window)
+        return self._parts[sliding_window]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        if self.recorded is not None:
+            self.recorded.keys[layer], self.recorded.values[layer] = key, value
+        if self.prefix is not None:
+            key = torch.cat((self.prefix.keys[layer], key), dim=2)
+            value = torch.cat((self.prefix.values[layer], value), dim=2)
+        if query.device.type == "cuda":
+            return _flex(self.tree, query, key, value, scaling, sliding_window, softcap)
+        out, _ = _Cascade.apply(query, key, value, self.parts(sliding_window), scaling, softcap)
+        return out
+
+
+def cascade_forward(
+    query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """query [1, heads, tokens, dim] -> output [1, tokens, heads, value_dim], log-sum-exp [1, tokens, heads]."""
+    heads = query.shape[1]
+    out = query.new_empty(1, parts.tokens, heads, value.shape[-1])
+    lse = query.new_empty(1, parts.tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    for part in parts.parts:
+        rows, cols = slice(part.q0, part.q1), slice(part.k0, part.k1)
+        piece, piece_lse = forward_part(query[:, :, rows], key[:, :, cols], value[:, :, cols], part, scaling, softcap)
+        piece, piece_lse = piece.transpose(1, 2), piece_lse.transpose(1, 2)
+        if part.first:
+            out[:, rows], lse[:, rows] = piece, piece_lse
+            continue
+        union = torch.logaddexp(lse[:, rows], piece_lse)
+        old, new = (lse[:, rows] - union).exp_()[..., None], (piece_lse - union).exp_()[..., None]
+        out[:, rows] = (out[:, rows] * old).addcmul_(piece.to(old.dtype), new)
+        lse[:, rows] = union
+    return out, lse
+
+
+def cascade_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    parts: Parts,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their shapes (token-major in memory)."""
+    grads = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)]
+    grad_query, grad_key, grad_value = (g.transpose(1, 2) for g in grads)
+    if not parts.keys_once:
+        grad_key.zero_()
+        grad_value.zero_()
+    grad_out, out, lse = grad_out.transpose(1, 2), out.transpose(1, 2), lse.transpose(1, 2)
+    for part in parts.parts:
+        rows, cols = slice(part.q0, part.q1), slice(part.k0, part.k1)
+        dq, dk, dv = backward_part(
+            grad_out[:, :, rows],
+            query[:, :, rows],
+            key[:, :, cols],
+            value[:, :, cols],
+            out[:, :, rows],
+            lse[:, :, rows],
+            part,
+            scaling,
+            softcap,
+        )
+        _put(grad_query[:, :, rows], dq, part.first)
+        _put(grad_key[:, :, cols], dk, parts.keys_once)
+        _put(grad_value[:, :, cols], dv, parts.keys_once)
+    return grad_query, grad_key, grad_value
+
+
+def _put(target: Tensor, grad: Tensor, first: bool) -> None:
+    if first:
+        target.copy_(grad)
+    else:
+        target.add_(grad)
+
+
+class _Cascade(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = cascade_forward(query, key, value, parts, scaling, softcap)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.parts, ctx.scaling, ctx.softcap = parts, scaling, softcap
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = cascade_backward(grad_out, *ctx.saved_tensors, ctx.parts, ctx.scaling, ctx.softcap)
+        return *grads, None, None, None
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(
+    tree: TokenTree,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    position = torch.as_tensor(tree.position_ids, device=query.device)
+    key_position = torch.cat((torch.arange(tree.prefix, device=query.device), position))
+    end = torch.as_tensor(tree.subtree_end, device=query.device)
+    # A prefix key counts as index -1 or less and its subtree never ends.
+    end = torch.cat((end.new_full((tree.prefix,), tree.tokens), end))
+
+    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k - tree.prefix <= q) & (q < end[k])
+        return seen if sliding_window is None else seen & (position[q] - key_position[k] < sliding_window)
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    mask = create_block_mask(visible, None, None, query.shape[2], key.shape[2], device=query.device)
+    out = _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
