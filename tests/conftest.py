@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
+# The tests' own home, so that they never touch a person's.
+os.environ.setdefault("TUNESMITH_HOME", str(Path(__file__).resolve().parents[1] / ".cache" / "home"))
+HOME = os.environ["TUNESMITH_HOME"]
 
 
 @pytest.fixture(scope="session")
 def base() -> Path:
     """The embedded base as a converted folder (fetched and converted on first use)."""
-    os.environ.setdefault("TUNESMITH_HOME", str(CACHE / "home"))
     from tunesmith.models.catalogue import resolve
 
-    return resolve("smollm2-135m-instruct").folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", HOME)  # also where the first test to ask for it has a home of its own
+        return resolve("smollm2-135m-instruct").folder

@@ -299,3 +299,7 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _stop(f"{where}{(error.strerror or 'cannot be written').lower()}; nothing half-written was kept", 2)
+
+
+if __name__ == "__main__":
+    main()

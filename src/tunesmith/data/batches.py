@@ -12,6 +12,7 @@ and the step's total weight is known before its first forward pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -179,11 +180,16 @@ class _Planner:
         if self._tokens(i, j) <= self.budget or j - i == 1:
             yield _group(self.examples, self.order[i:j], share=True)
             return
-        common = int(self.shared[i + 1 : j].min())
-        starts = [i, *(np.flatnonzero(self.shared[i + 1 : j] == common) + i + 1).tolist(), j]
+        # A sequence that the next one begins with adds no token: only the others are places to cut.
+        cuts = i + 1 + np.flatnonzero(self.shared[i + 1 : j] < self.lengths[i : j - 1])
+        if not len(cuts):
+            yield _group(self.examples, self.order[i:j], share=True)
+            return
+        common = int(self.shared[cuts].min())
+        starts = [i, *cuts[self.shared[cuts] == common].tolist(), j]
         room = max(self.budget - common, self.budget // 2)
         bins: list[tuple[int, int]] = []
-        for a, b in zip(starts[:-1], starts[1:], strict=True):
+        for a, b in itertools.pairwise(starts):
             if self._tokens(a, b) - common > room and b - a > 1:
                 yield from self._close(bins, common)
                 bins = []

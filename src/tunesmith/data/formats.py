@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 
 from tunesmith.data.files import bare_suffix, megabytes
-from tunesmith.data.interpret import Format, detect, is_format, refuse_alpaca, refuse_unknown, to_example
 from tunesmith.data.hub import PREFIX
+from tunesmith.data.interpret import Format, detect, is_format, refuse_alpaca, refuse_unknown, to_example
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import InputError

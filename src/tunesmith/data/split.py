@@ -135,10 +135,7 @@ def _choose_within(units: list[_Unit], fraction: float) -> set[int]:
     wanted = fraction * total
     largest = max(2 * wanted, min(unit.size for unit in units))
     able = sorted((unit for unit in units if unit.size <= largest), key=lambda unit: (unit.key, unit.number))
-    if len(able) == len(units):
-        able_to_leave = len(able) - 1  # one stays to train on
-    else:
-        able_to_leave = len(able)
+    able_to_leave = len(able) - (len(able) == len(units))  # one stays to train on
     spread = math.sqrt(fraction * (1 - fraction) * sum(unit.size**2 for unit in able))
     below = [unit for unit in able if unit.key < fraction]
     size = sum(unit.size for unit in below)

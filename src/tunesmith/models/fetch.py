@@ -89,7 +89,9 @@ def _download(package: PackageFile, scratch: Path, what: str) -> Path:
         if attempt:
             print(f"trying again ({attempt + 1} of {ATTEMPTS}): {problem}", file=sys.stderr, flush=True)
             time.sleep(attempt)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # pip builds an sdist's metadata; where the index lacks what that asks for, this environment's own tools may do.
+        extra = ["--no-build-isolation"] if attempt and package.kind == "sdist" else []
+        done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False)
         archives = [*scratch.glob("*.whl"), *scratch.glob("*.tar.gz"), *scratch.glob("*.zip")]
         if done.returncode == 0 and archives:
             return archives[0]

@@ -56,11 +56,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-
 def check_folder(folder: Path) -> None:
     """Raise InputError where a folder cannot be a base: no configuration, no safetensors, no tokenizer."""
     if not (folder / "config.json").is_file():
-        raise InputError("this folder holds no config.json, so it is not a model; name the folder that has it", file=folder)
+        raise InputError(
+            "this folder holds no config.json, so it is not a model; name the folder that has it", file=folder
+        )
     weight_files(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError("this folder holds no tokenizer.json; copy the model's tokenizer files into it", file=folder)

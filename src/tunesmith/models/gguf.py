@@ -60,7 +60,9 @@ class GGUFFile:
             return np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            raise InputError(f"tensor {name} is stored as {kind}, which cannot be read; {REMEDY}", file=self.path) from None
+            raise InputError(
+                f"tensor {name} is stored as {kind}, which cannot be read; {REMEDY}", file=self.path
+            ) from None
 
 
 def read_config(file: GGUFFile) -> dict[str, Any]:
@@ -103,7 +105,9 @@ def _architecture(file: GGUFFile) -> Architecture:
     architecture = ARCHITECTURES.get(file.architecture)
     if architecture is None:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise InputError(f"architecture {file.architecture} is not read from GGUF ({known} are); {REMEDY}", file=file.path)
+        raise InputError(
+            f"architecture {file.architecture} is not read from GGUF ({known} are); {REMEDY}", file=file.path
+        )
     return architecture
 
 

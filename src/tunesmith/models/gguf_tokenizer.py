@@ -68,7 +68,9 @@ def read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     elif family == "llama":
         backend, adds_bos = _sentencepiece(file, tokens), True
     else:
-        raise InputError(f"tokenizers of kind {family} are not read from GGUF (gpt2, llama are); {REMEDY}", file=file.path)
+        raise InputError(
+            f"tokenizers of kind {family} are not read from GGUF (gpt2, llama are); {REMEDY}", file=file.path
+        )
     _add_tokens(file, backend, tokens)
     special = {
         name: tokens[index]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever HTTP library the client uses
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -31,12 +31,9 @@ def snapshot(model: str, revision: str | None, cache: Path) -> tuple[Path, str]:
 
     Looks in $TUNESMITH_HOME first and then in the person's own Hugging Face cache, and fetches into the former.
     """
-    ours = _on_disk(model, revision, cache)
-    if ours is not None and _mark(ours).is_file():
-        return ours, ours.name
-    theirs = _on_disk(model, revision, None)
-    if theirs is not None:
-        return theirs, theirs.name
+    stored = stored_snapshot(model, revision, cache)
+    if stored is not None:
+        return stored, stored.name
     if offline():
         raise InputError(f"{model} is not on this machine and TUNESMITH_OFFLINE forbids fetching it; unset it once")
     print(f"fetching {model} from the Hugging Face hub", file=sys.stderr, flush=True)
@@ -47,15 +44,29 @@ def snapshot(model: str, revision: str | None, cache: Path) -> tuple[Path, str]:
             )
         )
     except GatedRepoError:
-        raise InputError(f"{model} asks for its terms to be accepted; do so on its page, then log in with `hf auth login`") from None
+        raise InputError(
+            f"{model} asks for its terms to be accepted; do so on its page, then log in with `hf auth login`"
+        ) from None
     except RepositoryNotFoundError:
         raise InputError(f"there is no model {model} on the hub, or it is private; check its spelling") from None
     except RevisionNotFoundError:
         raise InputError(f"{model} has no revision {revision}; name a branch, a tag or a commit") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise InputError(f"{model} could not be fetched ({_first_line(error)}); check the network, then retry") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
+        raise InputError(
+            f"{model} could not be fetched ({_first_line(error)}); check the network, or name a folder that exists"
+        ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{model} has no safetensors weights on the hub, and pickled ones are never loaded")
     _mark(folder).touch()
     return folder, folder.name
+
+
+def stored_snapshot(model: str, revision: str | None, cache: Path) -> Path | None:
+    """The whole snapshot on this machine, ours or the person's own, or None."""
+    ours = _on_disk(model, revision, cache)
+    if ours is not None and _mark(ours).is_file():
+        return ours
+    return _on_disk(model, revision, None)
 
 
 def _on_disk(model: str, revision: str | None, cache: Path | None) -> Path | None:

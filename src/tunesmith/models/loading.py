@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from tunesmith.errors import InputError
 from tunesmith.models.catalogue import Resolved, resolve
@@ -29,6 +30,7 @@ class LoadedBase:
     weights_hash: str
     context_length: int  # tokens
     device: torch.device
+    stop_ids: frozenset[int]  # the tokens at which the base itself ends an answer
 
 
 def load_base(
@@ -42,10 +44,12 @@ def load_base(
     place = pick_device(device)
     weights = _load_weights(resolved, pick_dtype(dtype, place), place)
     tokenizer = load_tokenizer(resolved.folder)
-    rows = weights.get_input_embeddings().weight.shape[0]
+    table = weights.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor)
+    rows = table.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows}; use the tokenizer it was trained with",
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows}; use the model's own tokenizer",
             file=resolved.folder,
         )
     return LoadedBase(
@@ -57,6 +61,7 @@ def load_base(
         weights_hash=resolved.weights_hash,
         context_length=_context_length(weights, tokenizer),
         device=place,
+        stop_ids=_stop_ids(weights),
     )
 
 
@@ -92,9 +97,10 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 def _load_weights(resolved: Resolved, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     folder = resolved.folder
     _refuse_quantised(folder)
+    transformers_logging.disable_progress_bar()  # a bar for half a second of work only hides what matters
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -105,9 +111,12 @@ def _load_weights(resolved: Resolved, dtype: torch.dtype, device: torch.device) 
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(f"the model cannot be loaded ({_first_line(error)})", file=folder) from None
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers
-        raise InputError(f"the weights lack {missing[0]} and {len(missing) - 1} more; copy the model again", file=folder)
+        raise InputError(
+            f"the weights lack {missing[0]} and {len(missing) - 1} more; copy the model again", file=folder
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -115,10 +124,18 @@ def _refuse_quantised(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"its config.json is not valid JSON ({_first_line(error)}); copy it again", file=folder) from None
+        raise InputError(
+            f"its config.json is not valid JSON ({_first_line(error)}); copy it again", file=folder
+        ) from None
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"its weights are quantised ({method}); use the model's unquantised weights", file=folder)
+
+
+def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Every end-of-sequence token of the generation configuration, one or a list there."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([stated] if isinstance(stated, int) else stated or ())
 
 
 def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -84,15 +84,25 @@ class PromptRenderer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineModel:
-    """One adapter (None: the base) of an engine, greedy. `weights_hash` None: replies aren't remembered."""
+class Weights:
+    """One set of weights that can be asked: an engine, its adapter (None: the engine's own model), and their hash.
+
+    Without a hash nothing that they say is remembered between runs.
+    """
 
     engine: AnsweringEngine
+    adapter: str | None = None
+    hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """Weights that answer greedily, up to `max_tokens`, decoding under `schema` where there is one."""
+
+    weights: Weights
     renderer: PromptRenderer
     max_tokens: int
     context_length: int
-    adapter: str | None = None
-    weights_hash: str | None = None
     schema: dict[str, Any] | None = None
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -106,10 +116,10 @@ class EngineModel:
         return len(self.prompt_ids(prompt)) + self.max_tokens <= self.context_length
 
     def fingerprint(self, prompt: Prompt) -> str | None:
-        """SHA-256 over weights, prompt ids, length, and schema."""
-        if self.weights_hash is None:
+        """SHA-256 over weights, prompt ids, length and schema; decoding is always greedy."""
+        if self.weights.hash is None:
             return None
-        return _sha256([self.weights_hash, self.prompt_ids(prompt), self.max_tokens, self.schema])
+        return _sha256([self.weights.hash, self.prompt_ids(prompt), self.max_tokens, self.schema])
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
         """One greedy reply a prompt. A prompt that leaves no room for an answer fails by itself, not the batch."""
@@ -125,7 +135,7 @@ class EngineModel:
                 requests[place] = self._request(prompt, room)
         if requests:
             began = time.perf_counter()
-            answers = self.engine.generate(list(requests.values()))
+            answers = self.weights.engine.generate(list(requests.values()))
             seconds = (time.perf_counter() - began) / len(requests)
             for place, answer in zip(requests, answers, strict=True):
                 replies[place] = Reply(
@@ -134,14 +144,10 @@ class EngineModel:
         return [replies[place] for place in range(len(prompts))]
 
     def _request(self, prompt: Prompt, max_tokens: int) -> Request:
-        settings: dict[str, Any] = {"adapter": self.adapter, "max_tokens": max_tokens, "temperature": 0.0}
-        if self.schema is not None:
-            settings["schema"] = self.schema
+        settings: dict[str, Any] = {"adapter": self.weights.adapter, "max_tokens": max_tokens, "schema": self.schema}
         if prompt.text is not None:
-            return Request(prompt_ids=self.renderer.completion_prompt_ids(prompt.text), **settings)
-        if prompt.tools:
-            settings["tools"] = list(prompt.tools)
-        return Request(messages=list(prompt.messages), **settings)
+            return Request(prompt=prompt.text, **settings)
+        return Request(messages=prompt.messages, tools=prompt.tools, **settings)
 
 
 class ReplyCache:

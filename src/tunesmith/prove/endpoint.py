@@ -81,7 +81,10 @@ class Endpoint:
         asked["max_tokens"] = self.max_tokens
         if prompt.tools:
             asked["tools"] = list(prompt.tools)
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}",
+        }
         for attempt in range(self.attempts):
             request = urllib.request.Request(
                 url.rstrip("/") + "/chat/completions", json.dumps(asked).encode(), headers, method="POST"

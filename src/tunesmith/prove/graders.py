@@ -8,6 +8,7 @@ Templates see `sample.output_text`, `sample.output_json`, and `item`: the row's 
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import operator
@@ -58,7 +59,7 @@ def _grade_function(grader: Mapping[str, Any], name: str, ask: Ask | None) -> Ca
 
 
 def fill(template: str, output: str, item: Item) -> str:
-    """Replace {{ sample.… }} and {{ item.… }}. A name that isn't there raises KeyError: a fault, not an empty string."""
+    """Replace {{ sample.… }} and {{ item.… }}. A name that isn't there is a KeyError: a fault, not an empty string."""
 
     def value(match: re.Match[str]) -> str:
         root, *path = match.group(1).split(".")
@@ -101,7 +102,9 @@ def _string_check(grader: Mapping[str, Any]) -> Callable[[str, Item], float]:
 def _text_similarity(grader: Mapping[str, Any]) -> Callable[[str, Item], float]:
     text, reference, metric = grader["input"], grader["reference"], grader["evaluation_metric"]
     if metric in ("cosine", "meteor"):
-        raise InputError(f'text_similarity: "{metric}" needs a model of its own; use fuzzy_match, bleu, gleu or rouge_l')
+        raise InputError(
+            f'text_similarity: "{metric}" needs a model of its own; use fuzzy_match, bleu, gleu or rouge_l'
+        )
     if metric not in SIMILARITIES:
         raise InputError(f'text_similarity: metric "{metric}" is unknown; known are {", ".join(SIMILARITIES)}')
     similarity = SIMILARITIES[metric]
@@ -207,7 +210,7 @@ def _multi(grader: Mapping[str, Any], ask: Ask | None) -> Callable[[str, Item], 
     return grade
 
 
-_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -217,7 +220,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-_FUNCTIONS: dict[str, Callable[..., float]] = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil,
     "exp": math.exp, "sqrt": math.sqrt, "log": math.log,
 }  # fmt: skip
@@ -244,8 +247,6 @@ def parse_formula(text: str, names: set[str]) -> Callable[[Mapping[str, float]],
                 return float(_FUNCTIONS[name](*(compute(arg, values) for arg in args)))
         raise InputError(f'multi: "{ast.unparse(node)}" has no place in calculate_output "{text}"')
 
-    try:
+    with contextlib.suppress(ArithmeticError, ValueError, TypeError):
         compute(tree, dict.fromkeys(names, 0.5))  # an unknown name is found now, not after the run
-    except (ArithmeticError, ValueError, TypeError):
-        pass
     return lambda values: compute(tree, values)

@@ -32,8 +32,9 @@ def json_exact() -> Scorer:
     """1 where the JSON in the answer equals the expected JSON: key order aside, 1 equal to 1.0."""
 
     def grade(output: str, item: Item) -> float:
+        expected = parse_json(expected_of(item))  # raises outside the try: a row's fault is not the answer's
         try:
-            return float(same_value(find_json(output), parse_json(expected_of(item))))
+            return float(same_value(find_json(output), expected))
         except InvalidJson:
             return 0.0
 
@@ -47,11 +48,11 @@ def json_fields() -> Scorer:
     """
 
     def grade(output: str, item: Item) -> float:
+        expected = fields(parse_json(expected_of(item)))
         try:
             answered = fields(find_json(output))
         except InvalidJson:
             return 0.0
-        expected = fields(parse_json(expected_of(item)))
         return 2 * (answered & expected).total() / (answered.total() + expected.total())
 
     return Scorer("json_fields", "field F1: 2 · fields right / (fields answered + fields expected)", grade)
@@ -61,8 +62,9 @@ def schema_validator(schema: dict[str, Any]) -> Any:
     """A jsonschema validator that never reaches for the network. Raises InputError where the schema is none."""
     import jsonschema
     import referencing
+    from jsonschema.validators import validator_for
 
-    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    validator = validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         validator.check_schema(schema)
     except jsonschema.SchemaError as error:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+from tunesmith.errors import InputError
 from tunesmith.types import Item
 
 Grade = Callable[[str, Item], float]
@@ -54,7 +55,10 @@ def contains() -> Scorer:
 
 def regex(pattern: str, name: str = "regex") -> Scorer:
     """1 where `pattern` (Python `re`, from the recipe, never from data) is found in the answer."""
-    compiled = re.compile(pattern)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f'prove.scorers: "{pattern}" is not a regular expression ({error})') from None
     return Scorer(
         name,
         f"1 if /{pattern}/ is found in the answer",

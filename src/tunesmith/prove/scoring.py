@@ -146,7 +146,9 @@ def _described(given: Mapping[str, Any], task: Task, ask: Ask | None) -> list[Sc
         return judge(str(model), ask, str(given.get("criteria", CRITERIA)))
     if kind in GRADERS or kind == "python":
         return [grader_scorer(given, ask)]
-    raise InputError(f'prove.scorers: "{kind}" is no scorer with settings; known are regex, judge, {", ".join(GRADERS)}')
+    raise InputError(
+        f'prove.scorers: "{kind}" is no scorer with settings; known are regex, judge, {", ".join(GRADERS)}'
+    )
 
 
 PLAIN: dict[str, Callable[[], Scorer]] = {

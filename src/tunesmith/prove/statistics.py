@@ -145,21 +145,20 @@ def minimum_detectable_effect(
     n = len(difference)
     if n < 2:
         return float("nan")
-    sums, sizes = _per_group(difference, groups)
-    error = _ratio_standard_error(sums, sizes)
-    floor = math.sqrt(1 / (len(sums) + 4) / len(sums))
+    n_groups = n if groups is None else len(set(groups))
+    floor = math.sqrt(1 / (n_groups + 4) / n_groups)
     z = _NORMAL.inv_cdf(0.975) + _NORMAL.inv_cdf(power)
-    return float(min(2.0, z * max(error, floor)))
+    return float(min(2.0, z * max(standard_error(difference, groups), floor)))
 
 
-def _ratio_standard_error(sums: Floats, sizes: Floats) -> float:
-    """Standard error of sum(sums) / sum(sizes) over groups (Cochran 1977, section 2.11)."""
-    groups = len(sums)
-    if groups < 2:
+def standard_error(values: Sequence[float] | Floats, groups: Sequence[Hashable] | None = None) -> float:
+    """Standard error of the mean over items drawn in groups, as a ratio of sums (Cochran 1977, section 2.11)."""
+    sums, sizes = _per_group(np.asarray(values, dtype=np.float64), groups)
+    n_groups = len(sums)
+    if n_groups < 2:
         return float("inf")
-    ratio = sums.sum() / sizes.sum()
-    residual = sums - ratio * sizes
-    return math.sqrt(groups / (groups - 1) * float((residual**2).sum())) / float(sizes.sum())
+    residual = sums - sums.sum() / sizes.sum() * sizes
+    return math.sqrt(n_groups / (n_groups - 1) * float((residual**2).sum())) / float(sizes.sum())
 
 
 def _codes(groups: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
@@ -175,7 +174,8 @@ def _per_group(values: Floats, groups: Sequence[Hashable] | None) -> tuple[Float
         return values, np.ones(len(values))
     assert len(groups) == len(values), "one group for every score"
     codes, n_groups = _codes(groups)
-    return np.bincount(codes, values, n_groups), np.bincount(codes, minlength=n_groups).astype(np.float64)
+    sizes = np.bincount(codes, minlength=n_groups).astype(np.float64)
+    return np.bincount(codes, values, n_groups).astype(np.float64), sizes
 
 
 def _bca(sums: Floats, sizes: Floats, confidence: float) -> tuple[float, float]:

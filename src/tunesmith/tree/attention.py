@@ -155,8 +155,9 @@ class _Cascade(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = cascade_backward(grad_out, *ctx.saved_tensors, ctx.parts, ctx.scaling, ctx.softcap)
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grads = cascade_backward(upstream[0], query, key, value, out, lse, ctx.parts, ctx.scaling, ctx.softcap)
         return *grads, None, None, None
 
 
@@ -189,7 +190,7 @@ def _flex(
         return seen if sliding_window is None else seen & (position[q] - key_position[k] < sliding_window)
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     mask = create_block_mask(visible, None, None, query.shape[2], key.shape[2], device=query.device)
     out = _compiled_flex()(

@@ -93,11 +93,20 @@ def prepare(model: PreTrainedModel) -> Abilities:
     Raises InputError, naming the model, where that is not possible: a model that keeps its attention to itself, or
     whose attention, positions or output head do more than tunesmith computes.
     """
-    name, before = type(model).__name__, model.config._attn_implementation
+    name, before = type(model).__name__, model.config._attn_implementation or "eager"
     try:
         with _evaluation(model), torch.no_grad():
             return _route(model, name)
-    except (InputError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        InputError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         model.set_attn_implementation(before)
         if isinstance(error, InputError):
             raise

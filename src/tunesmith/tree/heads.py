@@ -160,8 +160,8 @@ class _WeightedNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = tuple(None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.grads)
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = tuple(None if g is None else g.mul_(upstream[0].to(g.dtype)) for g in ctx.grads)
         return *scaled, None, None, None
 
 
@@ -186,9 +186,9 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, lses = ctx.saved_tensors
         grads = _Gradients(hidden, ctx.head, ctx.needs_input_grad[:3])
         for here in _slices(hidden, ctx.head, ctx.entries):
-            grads.add(here, lses[here.start : here.stop], upstream[here.entries])
+            grads.add(here, lses[here.start : here.stop], upstream[0][here.entries])
         return grads.hidden, grads.weight, grads.bias, None, None

@@ -39,7 +39,7 @@ class Links:
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """A micro-batch, depth first. `prefix` tokens stand before it elsewhere (`PrefixCache`) and are seen by every token."""
+    """A micro-batch, depth first. Every token also sees `prefix` tokens computed elsewhere (`PrefixCache`)."""
 
     input_ids: Ints  # [tokens]
     position_ids: Ints  # [tokens] depth in the trie, the prefix counted

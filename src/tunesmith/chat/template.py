@@ -1,0 +1,155 @@
+"""Chat templates: from messages to text. Jinja runs in transformers' sandbox; a template is data, never code.
+
+What differs between templates is found by rendering, never by names: whether one takes a system prompt, what stands
+after an answer, whether it asks for the date.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.errors import InputError
+from tunesmith.types import Message
+
+# Installed where a base has none. Ordinary text and the tokenizer's own end-of-text token, so any base can learn it.
+PLAIN = (
+    "{%- if tools %}{{ raise_exception('the plain template has no place for tools') }}{% endif -%}"
+    "{{- bos_token if starts_with_bos else '' -}}"
+    "{%- for message in messages -%}"
+    "{{- '### ' + message['role'] | capitalize + ':\n' + message['content'] -}}"
+    "{{- (eos_token if message['role'] == 'assistant' else '') + '\n\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### Assistant:\n' -}}{%- endif -%}"
+)
+# Templates that print today's date get this one (the date Llama 3's own template falls back to): a prompt that changes
+# overnight would neither train twice to the same bytes nor serve what was proved.
+DATE = datetime.datetime(2024, 7, 26)
+PROBE_SYSTEM, PROBE_USER, PROBE_ANSWER = "Qsystemq", "Quserq", "Qanswerq"
+RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+class Template:
+    """A tokenizer's chat template, with what rendering it reveals.
+
+    source       the Jinja text
+    installed    the base had none, so the plain one was installed
+    folds_system the template has no system turn: a system prompt opens the first user turn instead
+    tail         the text it puts after an answer, such as "<|im_end|>\\n"; None where that could not be found
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
+        own = source or own_template(tokenizer)
+        self._tokenizer = tokenizer
+        self.installed = own is None
+        self.source = own if own is not None else plain_template(tokenizer)
+        self.hash = hashlib.sha256(self.source.encode()).hexdigest()
+        self.folds_system = self._drops_system()
+        self.tail = self._find_tail()
+
+    def text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, prompt: bool) -> str:
+        """Messages as text; `prompt` adds what opens the assistant's turn. Raises InputError if it refuses them."""
+        if tools and "tools" not in self.source:
+            raise InputError("the base's chat template has no place for tools; leave them out, or choose another base")
+        try:
+            return self._render(self._prepare(messages), tools, prompt)
+        except RENDER_ERRORS as error:
+            raise InputError(f"the base's chat template refuses these messages: {error}") from None
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
+        text = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=list(tools) or None,
+            chat_template=self.source,
+            add_generation_prompt=prompt,
+            tokenize=False,
+            strftime_now=DATE.strftime,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as templates expect them."""
+        prepared = [_plain_message(message) for message in messages]
+        if "developer" not in self.source:
+            for message in prepared:
+                message["role"] = "system" if message["role"] == "developer" else message["role"]
+        return _fold_system(prepared) if self.folds_system else prepared
+
+    def _drops_system(self) -> bool:
+        turns = [{"role": "system", "content": PROBE_SYSTEM}, {"role": "user", "content": PROBE_USER}]
+        try:
+            return PROBE_SYSTEM not in self._render(turns, (), True)
+        except RENDER_ERRORS:
+            return self._renders(turns[1:])
+
+    def _renders(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            self._render(messages, (), True)
+        except RENDER_ERRORS:
+            return False
+        return True
+
+    def _find_tail(self) -> str | None:
+        turns = [{"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}]
+        try:
+            _, found, tail = self._render(turns, (), False).rpartition(PROBE_ANSWER)
+        except RENDER_ERRORS:
+            return None
+        return tail if found else None
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template a tokenizer came with; of several named ones, the default."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template or None
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`### User:` and `### Assistant:` in ordinary text, answers ending in the tokenizer's end-of-text token."""
+    first = tokenizer("x", verbose=False)["input_ids"][:1]
+    starts_with_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return PLAIN.replace("starts_with_bos", "true" if starts_with_bos else "false")
+
+
+def _plain_message(message: Message) -> dict[str, Any]:
+    """Without training weights; text content as one string; tool arguments as objects, as templates print them."""
+    plain: dict[str, Any] = {key: value for key, value in message.items() if key not in ("weight", "content")}
+    plain["content"] = _content_text(message.get("content"))
+    if calls := message.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(call) for call in calls]
+    return plain
+
+
+def _content_text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    raise InputError("a message's content must be text; this base reads no pictures, sound or files")
+
+
+def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put leading system turns at the head of the first user turn."""
+    count = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if count == 0 or count == len(messages) or messages[count]["role"] != "user":
+        return messages
+    opening = "\n\n".join(message["content"] for message in messages[: count + 1])
+    return [{**messages[count], "content": opening}, *messages[count + 1 :]]

@@ -1,0 +1,224 @@
+"""Attention of one step's tokens over the cache, in parts that are merged by their log-sum-exp.
+
+The flat rows of a step are first the decoding sequences, one row each, then the spans: runs of prompt tokens of one
+sequence. A row looks at
+    its own end      decoding rows: all slots in one batched attention; a span: itself and what precedes it in its store
+    shared nodes     every node on its path, one attention a node for all rows below it
+Softmax over the union of keys is the mean of the parts' outputs weighted by exp(log-sum-exp) (Flash attention's
+identity, Dao et al. 2022, arXiv:2205.14135), so nothing is copied or padded but the slots' unused room.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tunesmith.engine.cache import KeyValues, Node, Slots
+
+Part = tuple[Tensor, Tensor]  # out [.., queries, dim], log-sum-exp [.., queries] in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [start, stop) of a step: tokens of one sequence, written to `store` from `offset` on."""
+
+    start: int
+    stop: int
+    store: KeyValues
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A node and the rows of the step that lie below it."""
+
+    node: Node
+    rows: Tensor  # [rows] ascending
+
+
+@dataclass
+class CacheContext:
+    """The attention of one step (implements tree.body.AttentionContext)."""
+
+    positions: Tensor  # [tokens] of every row of the step
+    slots: Slots
+    slot_index: Tensor  # [decoding] the slot of each decoding row
+    slot_length: Tensor  # [decoding] tokens in it, this row's included
+    spans: Sequence[Span]
+    below: Sequence[Below]
+    _masks: dict[tuple[object, int | None], Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        decoding = len(self.slot_index)
+        self.decoding = decoding
+        if decoding:
+            self.reach = int(self.slot_length.max())
+            self.offsets = self.slot_length - 1
+            self.dense = bool((self.slot_index == torch.arange(decoding, device=self.slot_index.device)).all())
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See AttentionContext. Writes the rows' keys and values to the cache first."""
+        self._write(layer, key[0], value[0])
+        _, heads, tokens, _ = query.shape
+        dim = value.shape[-1]
+        out = query.new_empty(tokens, heads, dim)
+        lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
+        if self.decoding:
+            part = self._decode(layer, query[0, :, : self.decoding], scaling, sliding_window, softcap)
+            out[: self.decoding], lse[: self.decoding] = part
+        for span in self.spans:
+            rows = query[:, :, span.start : span.stop]
+            part = self._span(layer, span, rows, scaling, sliding_window, softcap)
+            out[span.start : span.stop] = part[0][0].transpose(0, 1)
+            lse[span.start : span.stop] = part[1][0].T
+        for below in self.below:
+            self._merge(layer, below, query, out, lse, scaling, sliding_window, softcap)
+        return out[None]
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """key, value [kv_heads, tokens, dim] into the slots and stores."""
+        if self.decoding:
+            where = (self.slot_index, slice(None), self.offsets)
+            self.slots.kv.keys[layer][where] = key[:, : self.decoding].transpose(0, 1)
+            self.slots.kv.values[layer][where] = value[:, : self.decoding].transpose(0, 1)
+        for span in self.spans:
+            into = slice(span.offset, span.offset + span.stop - span.start)
+            span.store.keys[layer][:, into] = key[:, span.start : span.stop]
+            span.store.values[layer][:, into] = value[:, span.start : span.stop]
+
+    def _decode(self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None) -> Part:
+        """query [heads, decoding, dim] -> out [decoding, heads, dim], lse [decoding, heads]."""
+        keys, values = self.slots.kv.keys[layer], self.slots.kv.values[layer]
+        count = self.decoding if self.dense else self.slots.count
+        rows = query.transpose(0, 1)
+        if not self.dense:
+            rows = rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, self.slot_index, rows)
+        # The query heads of one key-value head are rows of one product: [slots, kv_heads, group, dim].
+        grouped = rows.reshape(count, keys.shape[1], -1, query.shape[-1])
+        mask = self._slot_mask(window, count, query.dtype)
+        out, lse = attend_part(
+            grouped, keys[:count, :, : self.reach], values[:count, :, : self.reach], mask, scaling, softcap
+        )
+        out, lse = out.reshape(count, -1, values.shape[-1]), lse.reshape(count, -1)
+        return (out, lse) if self.dense else (out[self.slot_index], lse[self.slot_index])
+
+    def _span(
+        self, layer: int, span: Span, query: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> Part:
+        """query [1, heads, rows, dim]; its own store up to and with itself."""
+        stop = span.offset + span.stop - span.start
+        keys, values = span.store.keys[layer][None, :, :stop], span.store.values[layer][None, :, :stop]
+        return attend_part(query, keys, values, self._span_mask(span, window, query.dtype), scaling, softcap)
+
+    def _merge(
+        self,
+        layer: int,
+        below: Below,
+        query: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Add a node's part to the rows below it. out [tokens, heads, dim] and lse [tokens, heads] in place."""
+        node, rows = below.node, below.rows
+        if window is not None:  # rows too far away to see any of the node are left out: they have nothing to add
+            rows = rows[self.positions[rows] - (node.end - 1) < window]
+            if not len(rows):
+                return
+        keys, values = node.kv.keys[layer][None], node.kv.values[layer][None]
+        mask = self._node_mask(node, rows, window, query.dtype)
+        kv_heads, count = keys.shape[1], len(rows)
+        # All rows' heads that share a key-value head are queries of one attention: [1, kv_heads, group * rows, dim].
+        queries = query[0].index_select(1, rows).reshape(1, kv_heads, -1, query.shape[-1])
+        if mask is not None:
+            mask = mask.repeat(1, 1, queries.shape[2] // count, 1)
+        part, part_lse = attend_part(queries, keys, values, mask, scaling, softcap)
+        part = part.reshape(-1, count, values.shape[-1]).transpose(0, 1)
+        part_lse = part_lse.reshape(-1, count).T
+        before = lse[rows]
+        merged = torch.logaddexp(before, part_lse)
+        lse[rows] = merged
+        weighted = out[rows] * (before - merged).exp()[..., None] + part * (part_lse - merged).exp()[..., None]
+        out[rows] = weighted.to(out.dtype)
+
+    def _slot_mask(self, window: int | None, count: int, dtype: torch.dtype) -> Tensor | None:
+        """[slots, 1, 1, reach]: 0 where the slot's row sees the token, -inf elsewhere."""
+        if ("slots", window) not in self._masks:
+            last = self.offsets
+            if not self.dense:
+                last = torch.zeros(count, dtype=last.dtype, device=last.device).index_copy_(0, self.slot_index, last)
+            offsets = torch.arange(self.reach, device=last.device)
+            seen = offsets <= last[:, None]
+            if window is not None:
+                seen &= offsets > last[:, None] - window
+            self._masks["slots", window] = None if bool(seen.all()) else _additive(seen, dtype)[:, None, None]
+        return self._masks["slots", window]
+
+    def _span_mask(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[1, 1, rows, keys]: causal within the store the span is written to."""
+        if (span.start, window) not in self._masks:
+            device = self.positions.device
+            stop = span.offset + span.stop - span.start
+            own = torch.arange(span.offset, stop, device=device)[:, None]
+            seen = torch.arange(stop, device=device) <= own
+            if window is not None:
+                seen &= torch.arange(stop, device=device) > own - window
+            self._masks[span.start, window] = _additive(seen, dtype)[None, None]
+        return self._masks[span.start, window]
+
+    def _node_mask(self, node: Node, rows: Tensor, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[1, 1, rows, keys] where a window cuts the node, None where all of it is seen by all rows."""
+        if window is None:
+            return None
+        if (node, window) not in self._masks:
+            places = torch.arange(node.start, node.end, device=rows.device)
+            seen = self.positions[rows][:, None] - places < window
+            self._masks[node, window] = None if bool(seen.all()) else _additive(seen, dtype)[None, None]
+        return self._masks[node, window]
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Part:
+    """query [batch, heads, queries, dim], key and value [batch, kv_heads, keys, dim], mask broadcastable and additive.
+
+    Every query must see at least one key. Returns out [batch, heads, queries, dim] and its log-sum-exp.
+    """
+    if softcap is None and query.device.type == "cpu" and value.shape[-1] == query.shape[-1]:
+        if mask is not None:
+            mask = mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+        )
+    batch, heads, queries, dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, queries, dim)
+    scores = torch.einsum("bkgqd,bksd->bkgqs", grouped, key).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask[:, :, None]
+    lse = torch.logsumexp(scores, -1)
+    out = torch.einsum("bkgqs,bksd->bkgqd", (scores - lse[..., None]).exp().to(value.dtype), value)
+    return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """True -> 0, False -> -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)

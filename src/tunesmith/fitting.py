@@ -1,0 +1,222 @@
+"""One training run: from prepared rows to an adapter (or a model) in the run's folder, interruptible and resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tunesmith.chat.display import coloured
+from tunesmith.data.batches import Layout, Step, StepPlan, count_steps, make_step
+from tunesmith.errors import InterruptedRun
+from tunesmith.lineage import lineage_of, refuse_changed
+from tunesmith.models.lora import add_new_adapter, wrap
+from tunesmith.models.peft_format import load_adapter, save_adapter
+from tunesmith.preparation import Prepared
+from tunesmith.progress import Reporter
+from tunesmith.store.runs import Run, read_metrics, write_json, write_text
+from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from tunesmith.train.forward import ModuleBody
+from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, train
+from tunesmith.train.losses import sft
+from tunesmith.train.rate import choose_lr
+from tunesmith.tree.body import prepare as prepare_attention
+from tunesmith.types import TokenizedExample
+
+TUNED = "tuned"  # the adapter's name in memory
+EVAL_ROWS = 48  # held-out rows scored during training
+AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says auto
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """What is trained, and how it is written to a run's folder."""
+
+    parameters: Mapping[str, nn.Parameter]
+    save: Callable[[Run], None]
+
+
+def fit(ready: Prepared, run: Run, *, resume: bool, layout: Layout, reporter: Reporter) -> None:
+    """Train and leave `adapter/` (or `model/`). Raises InterruptedRun, after saving, when a signal asked to stop."""
+    lineage = lineage_of(ready)
+    if resume and run.lineage.exists():
+        refuse_changed(run, lineage)
+    write_text(run.recipe, ready.recipe.to_yaml())
+    write_json(run.lineage, lineage)
+    show_first(ready, reporter)
+    settings, steps = ready.recipe.train, step_plan(ready, layout)
+    state = load_newest(run.checkpoints) if resume else None
+    _keep_metrics(run, state.progress.step if state else 0)
+    lr = _learning_rate(ready, reporter)
+    torch.manual_seed(settings.seed)
+    trainable = make_trainable(ready)
+    prepare_attention(ready.base.model)
+    reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
+    if state is not None:
+        reporter.say(f"resumed after step {state.progress.step}")
+    with _Watch(run, len(steps), reporter) as watch:
+        result = train(
+            ModuleBody(ready.base.model),
+            trainable.parameters,
+            steps,
+            sft,
+            settings,
+            lr=lr,
+            held_out=_eval_step(ready, layout),
+            eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
+            save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
+            hooks=watch.hooks(),
+            resume=state,
+            name_row=ready.name_row,
+        )
+    if not result.finished:
+        raise InterruptedRun(
+            f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n"
+            f"  tunesmith train {run.recipe} --run {run.folder} --resume"
+        )
+    if settings.patience is not None:
+        _restore_best(run, result.progress, trainable, reporter)
+    trainable.save(run)
+
+
+def step_plan(ready: Prepared, layout: Layout) -> StepPlan:
+    """Every step of the run, by the recipe."""
+    settings, examples = ready.recipe.train, ready.train.examples
+    count = count_steps(len(examples), settings.batch_examples, settings.epochs, settings.max_steps)
+    return StepPlan(examples, settings.batch_examples, count, settings.seed, settings.shuffle, layout)
+
+
+def show_first(ready: Prepared, reporter: Reporter) -> None:
+    """The first example coloured by what is trained: the quickest check that the right tokens are."""
+    first: TokenizedExample = ready.train.examples[0]
+    reporter.say(f"the first example as the model sees it ({ready.name_row(first.example_id)}); trained in green:")
+    reporter.show(coloured(ready.renderer.pieces(first.input_ids.tolist()), first.weights.tolist()))
+
+
+def make_trainable(ready: Prepared) -> Trainable:
+    """A new adapter, one to continue from, or every weight of the base."""
+    model, section = ready.base.model, ready.recipe.adapter
+    if section is None:
+        model.requires_grad_(True)
+        return Trainable(dict(model.named_parameters()), lambda run: _save_model(ready, run))
+    lora = wrap(model)
+    if section.init_from is None:
+        add_new_adapter(lora, TUNED, section, ready.recipe.train.seed)
+    else:
+        load_adapter(lora, TUNED, Path(section.init_from))
+    lora.use(TUNED)
+    base = ready.base
+    return Trainable(
+        dict(lora.parameters(TUNED)),
+        lambda run: save_adapter(lora, TUNED, run.adapter, section, base.name, base.revision),
+    )
+
+
+def _save_model(ready: Prepared, run: Run) -> None:
+    """Every weight, in Hugging Face layout; written beside and renamed."""
+    partial = run.folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    ready.base.model.save_pretrained(partial)
+    ready.base.tokenizer.save_pretrained(partial)
+    shutil.rmtree(run.model, ignore_errors=True)
+    partial.rename(run.model)
+
+
+def _learning_rate(ready: Prepared, reporter: Reporter) -> float:
+    asked = ready.recipe.train.lr
+    if asked != "auto":
+        return asked
+    hidden = ready.base.model.config.get_text_config().hidden_size
+    lr, why = choose_lr(hidden, lora=ready.recipe.adapter is not None)
+    reporter.say(why)
+    return lr
+
+
+def _every(setting: int | Literal["auto"], steps: int, times: int) -> int:
+    return max(1, steps // times) if setting == "auto" else setting
+
+
+def _eval_step(ready: Prepared, layout: Layout) -> Step | None:
+    """A sample of the held-out rows, spread evenly over them, laid out like a training step."""
+    if ready.held_out is None or not ready.held_out.examples:
+        return None
+    rows = ready.held_out.examples
+    count = min(EVAL_ROWS, len(rows))
+    return make_step(0, 0.0, [rows[i * len(rows) // count] for i in range(count)], layout)
+
+
+def _keep_metrics(run: Run, step: int) -> None:
+    """Drop the rows of steps that will be run again."""
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _restore_best(run: Run, progress: Progress, trainable: Trainable, reporter: Reporter) -> None:
+    """Under `patience` the best evaluated weights are the ones kept."""
+    if progress.best_step in (None, progress.step):
+        return
+    best = load_checkpoint(run.checkpoints / f"step-{progress.best_step}")
+    assert best is not None, "the best checkpoint is kept until the run ends"
+    with torch.no_grad():
+        for name, parameter in trainable.parameters.items():
+            parameter.copy_(best.parameters[name])
+    reporter.say(f"kept the weights of step {progress.best_step}, the best on the held-out rows")
+
+
+class _Watch:
+    """Writes metrics and checkpoints as they come, and turns a signal into a request to stop after the step."""
+
+    def __init__(self, run: Run, steps: int, reporter: Reporter) -> None:
+        self._run, self._steps, self._reporter = run, steps, reporter
+        self._asked_to_stop = False
+        self._held_out = ""
+        self._before: dict[int, object] = {}
+
+    def hooks(self) -> Hooks:
+        return Hooks(self._step, self._eval, self._checkpoint, lambda: self._asked_to_stop)
+
+    def __enter__(self) -> _Watch:
+        self._file = self._run.metrics.open("a", encoding="utf-8")
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # the main thread of a command, not a library's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        self._reporter.say("finishing this step, then saving; a second signal stops at once")
+
+    def _step(self, metrics: StepMetrics) -> None:
+        self._write(dataclasses.asdict(metrics))
+        rate = metrics.tokens / metrics.seconds
+        text = f"loss {metrics.loss:.3f}  {rate:.0f} tokens/s{self._held_out}"
+        if metrics.skipped:
+            self._reporter.say(f"step {metrics.step} had a loss or gradient that is not a finite number; skipped")
+        self._reporter.advance(metrics.step, self._steps, text)
+
+    def _eval(self, metrics: EvalMetrics) -> None:
+        self._write(dataclasses.asdict(metrics))
+        self._held_out = f"  held-out loss {metrics.held_out_loss:.3f}"
+
+    def _checkpoint(self, state: TrainState) -> None:
+        save_checkpoint(self._run.checkpoints, state)
+
+    def _write(self, row: dict[str, object]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()

@@ -1,0 +1,190 @@
+"""A Llama-like decoder with its forward and backward written out: what a CPU needs to spend its time on products.
+
+It covers whatever has that shape: Llama, SmolLM, Qwen2 (biases), Qwen3 (norms on q and k), Mistral (window), Phi-3
+(linears stacked already). A model is told by its structure here and by its numbers in train/bodies.py, never by its
+name; every other goes through its own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, Pass, Workspace
+from tunesmith.models.fused_ops import Norm
+from tunesmith.models.lora import LoraLinear
+from tunesmith.models.stacked import Stack
+
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+MLP_PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
+
+
+@dataclass
+class Held:
+    """A forward pass on its way to its backward."""
+
+    kept: list[Kept]
+    last: Tensor  # [rows, hidden] before the final norm
+    rows: Tensor
+    context: Pass
+    slabs: list[Tensor]
+
+
+class Slabs:
+    """Memory for every layer's `Kept`: taken by a forward, given back by its backward, so pages are touched once a run."""
+
+    def __init__(self, widths: Sequence[int], layers: int, like: Tensor) -> None:
+        self.widths, self.layers, self.like = widths, layers, like
+        self.free: list[list[Tensor]] = []
+
+    def take(self, rows: int) -> list[Tensor]:
+        """For each width [layers, at least `rows`, width]."""
+        fitting = [slabs for slabs in self.free if slabs[0].shape[1] >= rows]
+        if fitting:
+            chosen = min(fitting, key=lambda slabs: slabs[0].shape[1])
+            self.free = [slabs for slabs in self.free if slabs is not chosen]
+            return chosen
+        self.free.clear()
+        return [self.like.new_empty(self.layers, rows, width) for width in self.widths]
+
+    def give(self, slabs: list[Tensor]) -> None:
+        self.free.append(slabs)
+
+
+class FusedDecoder:
+    """The body of a model whose every linear is a LoraLinear, with one adapter merged in. Float32 or float64, CPU."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[FusedLayer]) -> None:
+        body = model.base_model
+        self.model, self.layers = model, list(layers)
+        self.embedding, self.rotary = body.embed_tokens, body.rotary_emb
+        self.norm = norm_of(body.norm)
+        self.work = Workspace(body.norm.weight.detach())
+        first = self.layers[0]
+        self.geometry, self.hidden = first.geometry, first.qkv.in_features
+        raw = first.geometry.q + first.geometry.k if first.head_norms else 0
+        widths = (self.hidden, raw, first.qkv.out_features, first.geometry.q, self.hidden, 2 * first.geometry.intermediate)
+        self.slabs, self.one_layer = Slabs(widths, len(self.layers), self.work.like), Slabs(widths, 1, self.work.like)
+        self.lowest = next((layer.index for layer in self.layers if layer.learns), len(self.layers))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token keeps in memory between forward and backward."""
+        return len(self.layers) * sum(self.slabs.widths) * self.work.like.element_size()
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention: Attention, rows: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Held | None]:
+        """Normalised hidden states of `rows` [rows, hidden]; with `keep` also what `backward` wants."""
+        x, tokens = self.embedding(input_ids), len(input_ids)
+        context = Pass(self._rope(x, position_ids), attention, self.work)
+        pool = self.slabs if keep else self.one_layer
+        slabs, kept = pool.take(tokens), list[Kept]()
+        if keep:
+            slabs[0][0, :tokens] = x
+            x = slabs[0][0, :tokens]
+        last = x.new_empty(len(rows), self.hidden)
+        for layer in self.layers:
+            final, slot = layer is self.layers[-1], layer.index if keep else 0
+            tail = len(rows) if final else tokens
+            _, raw, qkv, attended, mid, gate_up = (slab[slot, :tokens] for slab in slabs)
+            here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail])
+            x_next = last if final else slabs[0][layer.index + 1, :tokens] if keep else x
+            layer.forward(context, here, x_next, rows if final else None)
+            kept.append(here)
+            x = x_next
+        hidden = torch.empty_like(last)
+        self.norm.forward(last, hidden)
+        if keep:
+            return hidden, Held(kept, last, rows, context, slabs)
+        pool.give(slabs)
+        return hidden, None
+
+    @torch.no_grad()
+    def backward(self, held: Held, d_hidden: Tensor | None) -> dict[int, Tensor]:
+        """Gradients of the adapter's parameters, by the parameters' ids. `held` is spent."""
+        grads: dict[int, Tensor] = {}
+        dx = torch.zeros_like(held.last)
+        if d_hidden is not None:
+            _, rstd = None, self.norm.forward(held.last, torch.empty_like(held.last))
+            self.norm.backward(d_hidden.clone(), held.last, rstd, dx)
+        for layer in reversed(self.layers[self.lowest :]):
+            rows = held.rows if layer is self.layers[-1] else None
+            wants_dx = layer.index > self.lowest
+            dx = layer.backward(held.context, held.kept[layer.index], dx, grads, rows=rows, wants_dx=wants_dx)
+        self.slabs.give(held.slabs)
+        return grads
+
+    def _rope(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary(x[None], position_ids[None])
+        half = cos.shape[-1] // 2  # the second half repeats the first
+        return cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+
+
+def fuse(model: PreTrainedModel, adapter: str) -> FusedDecoder | None:
+    """The fused form of a model with this adapter, or None where its structure is another."""
+    body = model.base_model
+    if _parts(body) != BODY_PARTS or model.device.type != "cpu":
+        return None
+    layers = [_fuse_layer(i, layer, model, adapter) for i, layer in enumerate(body.layers)]
+    found = [layer for layer in layers if layer is not None]
+    same = {(layer.geometry, layer.head_norms is None) for layer in found}
+    if len(found) != len(layers) or len(same) != 1 or not hasattr(body.norm, "variance_epsilon"):
+        return None
+    return FusedDecoder(model, found)
+
+
+def norm_of(module: nn.Module) -> Norm:
+    return Norm(module.weight.detach(), float(module.variance_epsilon))  # type: ignore[union-attr, arg-type]
+
+
+def _fuse_layer(index: int, layer: nn.Module, model: PreTrainedModel, adapter: str) -> FusedLayer | None:
+    parts = {name for name in _parts(layer) if not name.startswith("resid_")}  # Phi-3's dropouts, idle outside training
+    if parts != LAYER_PARTS:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    if not (_parts(attention) <= ATTENTION_PARTS and _parts(mlp) <= MLP_PARTS):
+        return None
+    qkv = _linears(attention, "q_proj", "k_proj", "v_proj") or _linears(attention, "qkv_proj")
+    gate_up = _linears(mlp, "gate_proj", "up_proj") or _linears(mlp, "gate_up_proj")
+    o, down = _linears(attention, "o_proj"), _linears(mlp, "down_proj")
+    if not (qkv and gate_up and o and down):
+        return None
+    config = model.config.get_text_config()
+    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    stack = Stack(qkv, adapter)
+    heads = o[0].in_features // head_dim
+    geometry = Geometry(heads, (stack.out_features // head_dim - heads) // 2, head_dim, down[0].in_features)
+    del config
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if any(n is not None and not hasattr(n, "variance_epsilon") for n in norms):
+        return None
+    return FusedLayer(
+        index=index,
+        geometry=geometry,
+        input_norm=norm_of(layer.input_layernorm),
+        qkv=stack,
+        head_norms=None if norms[0] is None else (norm_of(norms[0]), norm_of(norms[1])),
+        o=Stack(o, adapter),
+        mlp_norm=norm_of(layer.post_attention_layernorm),
+        gate_up=Stack(gate_up, adapter),
+        down=Stack(down, adapter),
+    )
+
+
+def _parts(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _linears(parent: nn.Module, *names: str) -> list[LoraLinear] | None:
+    """The named children, if all are LoRA over a plain linear."""
+    found = [getattr(parent, name, None) for name in names]
+    plain = [m for m in found if isinstance(m, LoraLinear) and isinstance(m.base, nn.Linear)]
+    return plain if len(plain) == len(names) else None

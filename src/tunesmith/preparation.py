@@ -1,0 +1,90 @@
+"""From a recipe to all that training and proving start from: rows on two sides, a base, a renderer, token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tunesmith.chat.renderer import Renderer
+from tunesmith.data.formats import read_examples, read_held_out
+from tunesmith.data.split import Split, split
+from tunesmith.data.tokenize import Tokenized, tokenize
+from tunesmith.errors import InputError
+from tunesmith.models.catalogue import on_disk
+from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
+from tunesmith.progress import Reporter
+from tunesmith.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A recipe made concrete. `limit` is the longest row allowed, in tokens."""
+
+    recipe: Recipe
+    split: Split
+    base: LoadedBase
+    renderer: Renderer
+    limit: int
+    train: Tokenized
+    held_out: Tokenized | None  # None where nothing is held out
+
+    def name_row(self, example_id: str) -> str:
+        """Example id -> file and line."""
+        for example in (*self.split.train, *self.split.held_out):
+            if example.id == example_id:
+                return str(example.source)
+        return example_id
+
+
+def read_and_split(recipe: Recipe, say: Callable[[str], None]) -> Split:
+    """The training and the held-out rows. Raises InputError."""
+    examples = read_examples(recipe.data, say=say)
+    pair = next((example for example in examples if example.kind == "preference"), None)
+    if pair is not None:
+        raise InputError(
+            "the row is a preference pair, and objective sft learns from single answers; give chat or input/output rows",
+            file=pair.source.file,
+            line=pair.source.line,
+        )
+    held_out = read_held_out(recipe.data, say=say)
+    given = recipe.data.held_out
+    assert held_out is not None or not isinstance(given, str)
+    return split(examples, given if held_out is None else held_out, recipe.data.group_by)  # type: ignore[arg-type]
+
+
+def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
+    """Load the base and tokenise both sides. Raises InputError."""
+    reporter.stage(f"base {recipe.base.model}")
+    base = load_base(
+        recipe.base.model,
+        revision=recipe.base.revision,
+        dtype=recipe.base.dtype,
+        device=recipe.runtime.device,
+    )
+    renderer = Renderer.from_tokenizer(base.tokenizer, stop_ids=base.stop_ids)
+    if rows.train and rows.train[0].kind == "chat":
+        for note in renderer.notes:
+            reporter.say(note)
+    limit = length_limit(recipe, base)
+    train = tokenize(rows.train, renderer, recipe.data, limit)
+    held_out = tokenize(rows.held_out, renderer, recipe.data, limit) if rows.held_out else None
+    for side in (train, held_out):
+        for sentence in side.sentences(limit) if side is not None else ():
+            reporter.say(sentence)
+    return Prepared(recipe, rows, base, renderer, limit, train, held_out)
+
+
+def length_limit(recipe: Recipe, base: LoadedBase) -> int:
+    """`data.max_seq_len`, or the base's own limit. Raises InputError where the first is beyond the second."""
+    asked = recipe.data.max_seq_len
+    if asked is not None and asked > base.context_length:
+        raise InputError(
+            f"data.max_seq_len is {asked}, but {base.name} was made for {base.context_length} tokens; lower it"
+        )
+    return asked or base.context_length
+
+
+def renderer_on_disk(recipe: Recipe) -> Renderer | None:
+    """The base's renderer without its weights, or None where the base is not on this machine yet."""
+    folder = on_disk(recipe.base.model, recipe.base.revision)
+    return None if folder is None else Renderer.from_tokenizer(load_tokenizer(folder))

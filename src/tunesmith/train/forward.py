@@ -1,0 +1,91 @@
+"""From a token tree to the scores a loss is made of: the model's body, then its head on supervised rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tunesmith.tree.attention import PrefixCache, TreeContext
+from tunesmith.tree.body import run_body
+from tunesmith.tree.heads import Entries, Head, Scores, head_of
+from tunesmith.tree.layout import TokenTree
+from tunesmith.types import TokenizedExample
+
+
+class Body(Protocol):
+    """A decoder without its head, over a tree. Differentiable in its parameters and in the prefix's keys and values."""
+
+    head: Head
+    device: torch.device
+
+    def __call__(
+        self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False
+    ) -> tuple[Tensor, PrefixCache | None]:
+        """Hidden states of `rows` [rows, hidden], and with `record` the tree's own keys and values."""
+        ...
+
+
+class ModuleBody:
+    """Any prepared model, through its own modules."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.device = model, model.device
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    def __call__(
+        self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False
+    ) -> tuple[Tensor, PrefixCache | None]:
+        context = TreeContext(tree, prefix=prefix, record=record)
+        ids = torch.as_tensor(tree.input_ids, device=self.device)
+        positions = torch.as_tensor(tree.position_ids, device=self.device)
+        hidden = run_body(self.model, ids, positions, context)
+        return hidden.index_select(0, rows), context.recorded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss is given: a micro-batch's scores, and which sequence each belongs to."""
+
+    scores: Scores
+    weights: Tensor  # [entries] summed over the sequences that share an entry
+    tree: TokenTree
+    examples: Sequence[TokenizedExample]  # what `tree.links.sequence` counts
+    device: torch.device
+
+    def sum_by_sequence(self, by_entry: Tensor) -> Tensor:
+        """[entries] -> [sequences]: each sequence's weighted sum over its own supervised tokens."""
+        links = self.tree.links
+        sequence, entry, weight = (
+            torch.as_tensor(a, device=self.device) for a in (links.sequence, links.entry, links.weight)
+        )
+        out = by_entry.new_zeros(self.tree.sequences)
+        return out.index_add(0, sequence, by_entry[entry] * weight.to(by_entry.dtype))
+
+
+def run_prefix(body: Body, tree: TokenTree) -> PrefixCache:
+    """The keys and values of a prefix, on the graph of what computed them."""
+    _, cache = body(tree, torch.empty(0, dtype=torch.long, device=body.device), record=True)
+    assert cache is not None
+    return cache
+
+
+def run_tree(
+    body: Body, tree: TokenTree, examples: Sequence[TokenizedExample], prefix: PrefixCache | None = None
+) -> Batch:
+    """One micro-batch, scored lazily."""
+    rows, row_of_entry = np.unique(tree.rows, return_inverse=True)
+    hidden, _ = body(tree, torch.as_tensor(rows, device=body.device), prefix)
+    entries = Entries(
+        torch.as_tensor(row_of_entry, device=body.device), torch.as_tensor(tree.targets, device=body.device)
+    )
+    weights = torch.as_tensor(tree.weights, device=body.device)
+    return Batch(Scores(hidden, body.head, entries), weights, tree, examples, body.device)

@@ -1,0 +1,307 @@
+"""The training loop: one for every method. The loss returns a sum; the loop divides by the step's weight.
+
+For every step: forward and backward of its micro-batches, clip, update, report; now and then evaluate and save. All
+that decides what comes next (parameters, optimiser, progress, random numbers) is in `TrainState`, so that a run
+resumed from one goes on byte for byte as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.data.batches import Group, Step
+from tunesmith.errors import TunesmithError
+from tunesmith.recipe import Train
+from tunesmith.train.forward import Body, run_prefix, run_tree
+from tunesmith.train.losses import Loss
+from tunesmith.train.optim import adamw, grad_norm, load_state_tensors, lr_at, scale_grads, set_lr, state_tensors
+
+BAD_STEPS_IN_A_ROW = 3  # steps without a finite loss and gradient before the run is given up
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimiser step, with metrics.jsonl's fields. `loss` is the mean over the step's supervised weight."""
+
+    step: int  # 1 for the first
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float  # before clipping
+    examples: int
+    tokens: int
+    computed_tokens: int
+    supervised_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    token_accuracy: float
+    skipped: bool = False  # loss or gradient was not finite: nothing was updated
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """The held-out rows, scored after `step` updates."""
+
+    step: int
+    held_out_loss: float
+    held_out_token_accuracy: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; plain numbers, kept in the checkpoint's manifest."""
+
+    step: int = 0  # updates done; also the position in the data, which is a pure function of it
+    best_step: int | None = None
+    best_loss: float | None = None
+    evals_without_improvement: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a resumed run needs. Tensors are copies."""
+
+    progress: Progress
+    parameters: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    random: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    progress: Progress
+    state: TrainState
+    finished: bool  # False: `should_stop` said so
+    stopped_early: bool = False  # patience ran out
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller wants to be told, and how it can stop the run."""
+
+    on_step: Callable[[StepMetrics], None] = _nothing
+    on_eval: Callable[[EvalMetrics], None] = _nothing
+    on_checkpoint: Callable[[TrainState], None] = _nothing
+    should_stop: Callable[[], bool] = field(default=lambda: False)
+
+
+def train(
+    body: Body,
+    parameters: Mapping[str, nn.Parameter],
+    steps: Sequence[Step],
+    loss: Loss,
+    settings: Train,
+    *,
+    lr: float,
+    held_out: Step | None = None,
+    eval_every: int = 0,
+    save_every: int = 0,
+    hooks: Hooks | None = None,
+    resume: TrainState | None = None,
+    name_row: Callable[[str], str] = str,
+) -> TrainResult:
+    """Train `parameters` on `steps`, from the first or from where `resume` stood.
+
+    lr                      the peak learning rate (`settings.lr` may say auto; the caller decides)
+    eval_every, save_every  in steps; 0 is never. The last step is always evaluated and saved.
+    name_row                example id -> how to name the row to the user
+    Raises TunesmithError, naming the rows, after several steps in a row without a finite loss and gradient.
+    """
+    run = _Run(body, parameters, steps, loss, settings, lr, held_out, hooks or Hooks(), name_row)
+    if resume is not None:
+        run.restore(resume)
+    return run.to_the_end(eval_every, save_every)
+
+
+def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
+    """Mean loss and share of likeliest-token hits over the held-out rows' supervised weight."""
+    with torch.no_grad():
+        total, metrics = accumulate(body, held_out, loss, backward=False)
+    return EvalMetrics(step, total / held_out.weight, metrics.get("token_accuracy", math.nan) / held_out.weight)
+
+
+def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
+    """The step's loss and metrics as sums; with `backward` the gradient of loss / weight is added to the parameters."""
+    total, metrics = 0.0, dict[str, float]()
+    for group in step.groups:
+        for value, extra in _run_group(body, step, group, loss, backward):
+            total += value
+            for key, amount in extra.items():
+                metrics[key] = metrics.get(key, 0.0) + amount
+    return total, metrics
+
+
+def _run_group(
+    body: Body, step: Step, group: Group, loss: Loss, backward: bool
+) -> list[tuple[float, Mapping[str, float]]]:
+    cache = None if group.prefix is None else run_prefix(body, group.prefix)
+    leaves = None if cache is None else cache.leaves()
+    results = []
+    for tree, chosen in zip(group.trees, group.examples, strict=True):
+        if not len(tree.rows):
+            continue
+        output = loss(run_tree(body, tree, [step.examples[i] for i in chosen], leaves))
+        if backward:
+            (output.total / step.weight).backward()
+        results.append((float(output.total.detach()), output.metrics))
+    if backward and cache is not None and leaves is not None:
+        pairs = zip(cache.tensors(), leaves.tensors(), strict=True)
+        reached = [(t, leaf.grad) for t, leaf in pairs if t.requires_grad and leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+    return results
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the device, or resident where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Run:
+    """One run's moving parts."""
+
+    def __init__(
+        self,
+        body: Body,
+        parameters: Mapping[str, nn.Parameter],
+        steps: Sequence[Step],
+        loss: Loss,
+        settings: Train,
+        lr: float,
+        held_out: Step | None,
+        hooks: Hooks,
+        name_row: Callable[[str], str],
+    ) -> None:
+        assert parameters, "nothing to train"
+        self.body, self.parameters, self.steps, self.loss = body, parameters, steps, loss
+        self.settings, self.lr, self.held_out, self.hooks, self.name_row = settings, lr, held_out, hooks, name_row
+        self.optimizer = adamw(parameters, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+        self.progress = Progress()
+
+    def restore(self, state: TrainState) -> None:
+        assert state.parameters.keys() == self.parameters.keys(), "the checkpoint holds other parameters"
+        self.progress = state.progress
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.parameters[name])
+        load_state_tensors(self.optimizer, self.parameters, state.optimizer)
+        torch.set_rng_state(state.random["cpu"])
+        if "cuda" in state.random:
+            torch.cuda.set_rng_state(state.random["cuda"], self.body.device)
+
+    def state(self) -> TrainState:
+        random = {"cpu": torch.get_rng_state()}
+        if self.body.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.body.device)
+        parameters = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        optimizer = {k: v.detach().clone() for k, v in state_tensors(self.optimizer, self.parameters).items()}
+        return TrainState(self.progress, parameters, optimizer, random)
+
+    def to_the_end(self, eval_every: int, save_every: int) -> TrainResult:
+        # Denormal numbers are a hundred times slower on a CPU and worth nothing here.
+        torch.set_flush_denormal(True)
+        saved, early = -1, self._patience_ran_out()
+        while self.progress.step < len(self.steps) and not early:
+            self._one_step(self.steps[self.progress.step])
+            step, last = self.progress.step, self.progress.step == len(self.steps)
+            stop = self.hooks.should_stop()
+            improved = False
+            if self.held_out is not None and (last or (eval_every and step % eval_every == 0)):
+                improved = self._evaluate()
+                early = self._patience_ran_out()
+            keep_best = improved and self.settings.patience is not None
+            if last or stop or early or keep_best or (save_every and step % save_every == 0):
+                self.hooks.on_checkpoint(self.state())
+                saved = step
+            if stop and not last:
+                return TrainResult(self.progress, self.state(), finished=False)
+        if saved != self.progress.step:
+            self.hooks.on_checkpoint(self.state())
+        return TrainResult(self.progress, self.state(), finished=True, stopped_early=early)
+
+    def _one_step(self, step: Step) -> None:
+        began = time.perf_counter()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        total, metrics = accumulate(self.body, step, self.loss)
+        norm = grad_norm(self.parameters.values())
+        lr = lr_at(step.index, len(self.steps), self.lr, self.settings.schedule, self.settings.warmup_ratio)
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite:
+            if norm > self.settings.max_grad_norm:
+                scale_grads(self.parameters.values(), self.settings.max_grad_norm / norm)
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        self._count(step, finite)
+        self.hooks.on_step(
+            StepMetrics(
+                step=self.progress.step,
+                epoch=step.epoch,
+                loss=total / step.weight,
+                lr=lr,
+                grad_norm=norm,
+                examples=len(step.examples),
+                tokens=step.tokens,
+                computed_tokens=step.computed_tokens,
+                supervised_tokens=step.supervised_tokens,
+                seconds=time.perf_counter() - began,
+                peak_memory_bytes=peak_memory_bytes(self.body.device),
+                token_accuracy=metrics.get("token_accuracy", math.nan) / step.weight,
+                skipped=not finite,
+            )
+        )
+        if self.progress.skipped_in_a_row >= BAD_STEPS_IN_A_ROW:
+            rows = ", ".join(self.name_row(i) for i in step.example_ids[:5])
+            raise TunesmithError(
+                f"{BAD_STEPS_IN_A_ROW} steps in a row had a loss or gradient that is not a finite number, "
+                f"the last on {rows}; lower train.lr, or look at those rows"
+            )
+
+    def _count(self, step: Step, finite: bool) -> None:
+        done = self.progress
+        self.progress = replace(
+            done,
+            step=step.index + 1,
+            skipped=done.skipped + (not finite),
+            skipped_in_a_row=0 if finite else done.skipped_in_a_row + 1,
+        )
+
+    def _evaluate(self) -> bool:
+        """Score the held-out rows; True where they were never better."""
+        assert self.held_out is not None
+        scored = evaluate(self.body, self.held_out, self.loss, self.progress.step)
+        self.hooks.on_eval(scored)
+        best = self.progress.best_loss
+        better = math.isfinite(scored.held_out_loss) and (best is None or scored.held_out_loss < best)
+        if better:
+            self.progress = replace(
+                self.progress,
+                best_step=self.progress.step,
+                best_loss=scored.held_out_loss,
+                evals_without_improvement=0,
+            )
+        else:
+            worse = self.progress.evals_without_improvement + 1
+            self.progress = replace(self.progress, evals_without_improvement=worse)
+        return better
+
+    def _patience_ran_out(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.evals_without_improvement >= patience

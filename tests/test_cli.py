@@ -1,0 +1,122 @@
+"""The command line: one sentence and the right exit status for every kind of bad input, JSON where asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunesmith import cli
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TUNESMITH_OFFLINE", "1")
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tunesmith", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def recipe(folder: Path, rows: str | bytes, **keys: object) -> Path:
+    data = folder / "rows.jsonl"
+    data.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    path = folder / "job.yaml"
+    path.write_text(json.dumps({"data": {"train": "rows.jsonl"}, **keys}))
+    return path
+
+
+GOOD = "".join(json.dumps({"input": f"question number {i}", "output": f"answer {i}"}) + "\n" for i in range(20))
+
+
+def one_sentence(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("tunesmith: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("", "holds no rows"),
+        ('{"input": "a", "output": "b"}\n{"input": "a", oops}\n', "rows.jsonl line 2"),
+        (b'{"input": "a", "output": "b"}\n{"input": "caf\xe9", "output": "b"}\n', "rows.jsonl line 2"),
+        ('{"input": "a"}\n', "rows.jsonl line 1"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "rows.jsonl line 1"),
+        ('{"input": "a", "output": "b"}\n{"text": "c"}\n', "rows.jsonl line 2"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "preference"),
+    ],
+)
+def test_bad_rows_are_named(command: Command, tmp_path: Path, rows: str | bytes, said: str) -> None:
+    status, _, err = command("train", recipe(tmp_path, rows), "--run", tmp_path / "run")
+    assert status == 2
+    assert said in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_are_named(command: Command, tmp_path: Path) -> None:
+    status, _, err = command("train", tmp_path / "none.yaml")
+    assert (status, "none.yaml" in one_sentence(err)) == (2, True)
+    path = recipe(tmp_path, GOOD)
+    (tmp_path / "rows.jsonl").unlink()
+    status, _, err = command("run", path)
+    assert (status, "rows.jsonl" in one_sentence(err)) == (2, True)
+
+
+def test_an_unknown_base_is_named_with_the_nearest(command: Command, tmp_path: Path) -> None:
+    path = recipe(tmp_path, GOOD, base="smollm2-135m-instrukt")
+    status, _, err = command("train", path, "--run", tmp_path / "run")
+    assert status == 2
+    assert 'did you mean "smollm2-135m-instruct"' in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_offline_says_so_and_leaves_nothing(command: Command, tmp_path: Path) -> None:
+    status, _, err = command("train", recipe(tmp_path, GOOD), "--run", tmp_path / "run")
+    assert status == 2
+    assert "TUNESMITH_OFFLINE" in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_any_work(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("base: {model: x}\n")
+    status, _, err = command("train", recipe(tmp_path, GOOD), "--run", tmp_path / "run")
+    assert status == 2
+    assert "--resume" in one_sentence(err)
+
+
+def test_usage_errors_exit_2(command: Command) -> None:
+    assert command("nonsense")[0] == 2
+    assert command("train")[0] == 2
+
+
+def test_runs_list_is_fast_and_prints_json(command: Command, tmp_path: Path) -> None:
+    status, out, _ = command("runs", "list", "--json")
+    assert (status, json.loads(out)) == (0, [])
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "tunesmith.cli", "--help"], check=True, capture_output=True)
+    assert time.perf_counter() - began < 2  # 0.5 s on a quiet machine; torch alone would take longer than this
+
+
+def test_unknown_runs_and_models_are_told(command: Command) -> None:
+    assert 'no run "nobody"' in one_sentence(command("runs", "show", "nobody")[2])
+    assert command("prove", "nobody")[0] == 2
+    assert command("models", "rm", "nothing")[0] == 2
+    assert command("chat", "nothing", "hello")[0] == 2
