@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -17,15 +18,17 @@ from torch import nn
 
 from tunesmith.chat.display import coloured
 from tunesmith.data.batches import Layout, Step, StepPlan, count_steps, make_step
-from tunesmith.errors import InterruptedRun
+from tunesmith.errors import InterruptedRun, RefusedError
 from tunesmith.lineage import lineage_of, refuse_changed
-from tunesmith.models.lora import add_new_adapter, wrap
+from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
+from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from tunesmith.train.forward import ModuleBody
+from tunesmith.train.estimate import memory_limit, token_budget
+from tunesmith.train.forward import Body
 from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, train
 from tunesmith.train.losses import sft
 from tunesmith.train.rate import choose_lr
@@ -39,13 +42,16 @@ AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says au
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """What is trained, and how it is written to a run's folder."""
+    """What is trained, how it is computed, and how it is written to a run's folder."""
 
+    body: Body
     parameters: Mapping[str, nn.Parameter]
+    layout: Layout
+    memory_limit: int  # bytes
     save: Callable[[Run], None]
 
 
-def fit(ready: Prepared, run: Run, *, resume: bool, layout: Layout, reporter: Reporter) -> None:
+def fit(ready: Prepared, trainable: Trainable, run: Run, *, resume: bool, reporter: Reporter) -> None:
     """Train and leave `adapter/` (or `model/`). Raises InterruptedRun, after saving, when a signal asked to stop."""
     lineage = lineage_of(ready)
     if resume and run.lineage.exists():
@@ -53,25 +59,22 @@ def fit(ready: Prepared, run: Run, *, resume: bool, layout: Layout, reporter: Re
     write_text(run.recipe, ready.recipe.to_yaml())
     write_json(run.lineage, lineage)
     show_first(ready, reporter)
-    settings, steps = ready.recipe.train, step_plan(ready, layout)
+    settings, steps = ready.recipe.train, step_plan(ready, trainable.layout)
     state = load_newest(run.checkpoints) if resume else None
     _keep_metrics(run, state.progress.step if state else 0)
     lr = _learning_rate(ready, reporter)
-    torch.manual_seed(settings.seed)
-    trainable = make_trainable(ready)
-    prepare_attention(ready.base.model)
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
     with _Watch(run, len(steps), reporter) as watch:
         result = train(
-            ModuleBody(ready.base.model),
+            trainable.body,
             trainable.parameters,
             steps,
             sft,
             settings,
             lr=lr,
-            held_out=_eval_step(ready, layout),
+            held_out=_eval_step(ready, trainable.layout),
             eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
             save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
             hooks=watch.hooks(),
@@ -102,33 +105,60 @@ def show_first(ready: Prepared, reporter: Reporter) -> None:
     reporter.show(coloured(ready.renderer.pieces(first.input_ids.tolist()), first.weights.tolist()))
 
 
-def make_trainable(ready: Prepared) -> Trainable:
-    """A new adapter, one to continue from, or every weight of the base."""
-    model, section = ready.base.model, ready.recipe.adapter
+def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
+    """A new adapter, one to continue from, or every weight of the base; laid out under the memory limit.
+
+    Raises InputError for a model that can't be run, RefusedError where not even one row at a time fits.
+    """
+    model, section, settings = ready.base.model, ready.recipe.adapter, ready.recipe.train
+    torch.manual_seed(settings.seed)
+    parameters: dict[str, nn.Parameter]
     if section is None:
+        abilities, dropout = prepare_attention(model), 0.0
         model.requires_grad_(True)
-        return Trainable(dict(model.named_parameters()), lambda run: _save_model(ready, run))
-    lora = wrap(model)
-    if section.init_from is None:
-        add_new_adapter(lora, TUNED, section, ready.recipe.train.seed)
+        parameters, body = dict(model.named_parameters()), make_body(model)
+        save = partial(_save_model, ready)
     else:
-        load_adapter(lora, TUNED, Path(section.init_from))
-    lora.use(TUNED)
-    base = ready.base
-    return Trainable(
-        dict(lora.parameters(TUNED)),
-        lambda run: save_adapter(lora, TUNED, run.adapter, section, base.name, base.revision),
-    )
+        lora = wrap(model)
+        if section.init_from is None:
+            add_new_adapter(lora, TUNED, section, settings.seed)
+        else:
+            load_adapter(lora, TUNED, Path(section.init_from))
+        lora.use(TUNED)
+        abilities, dropout = prepare_attention(model), section.dropout
+        parameters, body = dict(lora.parameters(TUNED)), make_body(model, lora, TUNED)
+        save = partial(_save_adapter, ready, lora)
+        model.train(dropout > 0)
+    if not abilities.share:
+        reporter.say(str(abilities.reason))
+    elif dropout:
+        reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
+    limit = memory_limit(ready.recipe.runtime.memory_limit)
+    budget = token_budget(body, parameters, ready.train.examples, limit)
+    if not budget:
+        raise RefusedError(
+            f"training does not fit in {limit / 1e9:.1f} GB: one row of the data alone takes more; "
+            "raise runtime.memory_limit, or lower data.max_seq_len",
+            gate="plan",
+        )
+    layout = Layout(budget, share=abilities.share and not dropout, pack=abilities.share)
+    return Trainable(body, parameters, layout, limit, save)
+
+
+def _save_adapter(ready: Prepared, lora: LoraModel, run: Run) -> None:
+    section, base = ready.recipe.adapter, ready.base
+    assert section is not None
+    save_adapter(lora, TUNED, run.adapter, section, base.name, base.revision)
 
 
 def _save_model(ready: Prepared, run: Run) -> None:
     """Every weight, in Hugging Face layout; written beside and renamed."""
-    partial = run.folder / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    ready.base.model.save_pretrained(partial)
-    ready.base.tokenizer.save_pretrained(partial)
+    beside = run.folder / ".model.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    ready.base.model.save_pretrained(beside)
+    ready.base.tokenizer.save_pretrained(beside)
     shutil.rmtree(run.model, ignore_errors=True)
-    partial.rename(run.model)
+    beside.rename(run.model)
 
 
 def _learning_rate(ready: Prepared, reporter: Reporter) -> float:
@@ -186,7 +216,9 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._file = self._run.metrics.open("a", encoding="utf-8")
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # the main thread of a command, not a library's
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # the main thread of a command, not a library's
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self

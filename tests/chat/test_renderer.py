@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ALL, TEMPLATES, byte_level, sentencepiece_like
+from chat_shapes import ALL, TEMPLATES, byte_level, sentencepiece_like, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +31,7 @@ def answers(renderer: Renderer, ids: list[int], weights: list[float]) -> list[li
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_an_example_is_the_engines_prompt_then_the_answer_then_a_stop_token(name, tokenizer_of) -> None:
+def test_an_example_is_the_engines_prompt_then_the_answer_then_a_stop_token(name) -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of(name))
     examples = renderer.chat_example(TWO_TURNS[:2])
     assert len(examples) == 1
@@ -40,19 +40,16 @@ def test_an_example_is_the_engines_prompt_then_the_answer_then_a_stop_token(name
     assert ids[: len(prompt)] == prompt
     assert weights == [0.0] * len(prompt) + [1.0] * (len(ids) - len(prompt))
     assert ids[-1] in renderer.stop_ids
-    assert renderer.decode(ids[len(prompt) :]).strip().endswith("Paris.")
+    assert renderer.decode(ids[len(prompt) :]).strip() == "Paris."
     assert not set(ids[len(prompt) : -1]) & renderer.stop_ids, "the engine would stop before the end"
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_trained_turn_starts_with_the_engines_prompt(name, tokenizer_of) -> None:
+def test_every_trained_turn_starts_with_the_engines_prompt(name) -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of(name))
     examples = renderer.chat_example(TWO_TURNS)
     spans = [span for ids, weights in examples for span in answers(renderer, ids, weights)]
-    assert [renderer.decode(span).strip().split("assistant")[-1].lstrip("\n: ") for span in spans] == [
-        "Paris.",
-        "Yes, 12345",
-    ]
+    assert [renderer.decode(span).strip() for span in spans] == ["Paris.", "Yes, 12345"]
     assert all(span[-1] == renderer.stop_id for span in spans)
     for turn in (1, 3):
         prompt = renderer.prompt_ids(TWO_TURNS[:turn])
@@ -64,12 +61,12 @@ def test_every_trained_turn_starts_with_the_engines_prompt(name, tokenizer_of) -
 
 
 @pytest.mark.parametrize("name", NESTING)
-def test_turns_that_nest_are_one_example(name, tokenizer_of) -> None:
+def test_turns_that_nest_are_one_example(name) -> None:
     assert len(Renderer.from_tokenizer(tokenizer_of(name)).chat_example(TWO_TURNS)) == 1
 
 
 @pytest.mark.parametrize(("name", "first"), [("chatml-keeps-last-thought", "<think>\nfox</think>Paris.")])
-def test_turns_that_do_not_nest_are_an_example_each(name, first, tokenizer_of) -> None:
+def test_turns_that_do_not_nest_are_an_example_each(name, first) -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of(name))
     turns = [TWO_TURNS[0], {"role": "assistant", "content": first}, *TWO_TURNS[2:]]
     examples = renderer.chat_example(turns)
@@ -77,7 +74,7 @@ def test_turns_that_do_not_nest_are_an_example_each(name, first, tokenizer_of) -
     assert "fox" not in renderer.decode(examples[1][0])
 
 
-def test_a_template_whose_prompt_opens_a_thought_keeps_that_prompt(tokenizer_of) -> None:
+def test_a_template_whose_prompt_opens_a_thought_keeps_that_prompt() -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of("think"))
     thought = [TWO_TURNS[0], {"role": "assistant", "content": "<think>\nfox\n</think>\n\nParis."}]
     plain = [TWO_TURNS[0], {"role": "assistant", "content": "Paris."}]
@@ -92,14 +89,14 @@ def test_a_template_whose_prompt_opens_a_thought_keeps_that_prompt(tokenizer_of)
         assert sum(weights) == len(ids) - len(prompt)
 
 
-def test_what_a_template_prints_after_the_stop_token_is_left_out(tokenizer_of) -> None:
+def test_what_a_template_prints_after_the_stop_token_is_left_out() -> None:
     for name in ("chatml", "chatml-with-final-eos", "end-token-twice"):
         renderer = Renderer.from_tokenizer(tokenizer_of(name))
         ids, _ = renderer.chat_example(TWO_TURNS[:2])[0]
         assert renderer.stop_id not in ids[:-1][len(renderer.prompt_ids(TWO_TURNS[:1])) :]
 
 
-def test_the_stop_token_is_found_by_rendering(tokenizer_of) -> None:
+def test_the_stop_token_is_found_by_rendering() -> None:
     expected = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
     for name, token in expected.items():
         tokenizer = tokenizer_of(name)
@@ -108,7 +105,7 @@ def test_the_stop_token_is_found_by_rendering(tokenizer_of) -> None:
         assert renderer.stop_ids == {renderer.stop_id, tokenizer.eos_token_id, 7}
 
 
-def test_pad_equal_to_the_stop_token_is_still_trained(tokenizer_of) -> None:
+def test_pad_equal_to_the_stop_token_is_still_trained() -> None:
     """trl#1623, axolotl PR#1847: the end-of-turn token was masked as padding, so the model never stopped."""
     tokenizer = tokenizer_of("mistral")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -117,7 +114,7 @@ def test_pad_equal_to_the_stop_token_is_still_trained(tokenizer_of) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "mistral", "think"])
-def test_bos_stands_exactly_once(name, tokenizer_of) -> None:
+def test_bos_stands_exactly_once(name) -> None:
     """unsloth#976, ollama#6823: the template's BOS and the tokenizer's made two."""
     tokenizer = tokenizer_of(name)
     renderer = Renderer.from_tokenizer(tokenizer)
@@ -134,13 +131,13 @@ def test_bos_stands_exactly_once(name, tokenizer_of) -> None:
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "ordinary-text"])
-def test_the_prompt_is_what_transformers_gives_other_servers(name, tokenizer_of) -> None:
+def test_the_prompt_is_what_transformers_gives_other_servers(name) -> None:
     tokenizer = tokenizer_of(name)
     theirs = tokenizer.apply_chat_template(TWO_TURNS[:3], add_generation_prompt=True, return_dict=False)
     assert Renderer.from_tokenizer(tokenizer).prompt_ids(TWO_TURNS[:3]) == theirs
 
 
-def test_train_on(tokenizer_of) -> None:
+def test_train_on() -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of("chatml"))
     [(ids, every)] = renderer.chat_example(TWO_TURNS)
     [(_, last)] = renderer.chat_example(TWO_TURNS, train_on="last")
@@ -153,7 +150,7 @@ def test_train_on(tokenizer_of) -> None:
     assert sum(every) > sum(last)
 
 
-def test_weight_0_keeps_a_turn_out(tokenizer_of) -> None:
+def test_weight_0_keeps_a_turn_out() -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of("chatml"))
     off = [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}, *TWO_TURNS[2:]]
     [(ids, weights)] = renderer.chat_example(off)
@@ -166,12 +163,12 @@ def test_weight_0_keeps_a_turn_out(tokenizer_of) -> None:
     assert sum(renderer.chat_example(both_off)[0][1]) == 0
 
 
-def test_a_row_without_an_assistant_turn_is_a_sentence(tokenizer_of) -> None:
+def test_a_row_without_an_assistant_turn_is_a_sentence() -> None:
     with pytest.raises(InputError, match="no assistant turn"):
         Renderer.from_tokenizer(tokenizer_of("chatml")).chat_example(TWO_TURNS[:1])
 
 
-def test_an_empty_answer_trains_the_stop_token(tokenizer_of) -> None:
+def test_an_empty_answer_trains_the_stop_token() -> None:
     for name in ALL:
         renderer = Renderer.from_tokenizer(tokenizer_of(name))
         [(ids, weights)] = renderer.chat_example([TWO_TURNS[0], {"role": "assistant", "content": ""}])
@@ -233,7 +230,7 @@ def test_sentencepiece_answers_get_no_space_of_their_own() -> None:
     assert renderer.decode(renderer.completion_example("The", "fox")[0]) == "Thefox"
 
 
-def test_a_default_system_prompt_is_for_rows_that_carry_none(tokenizer_of) -> None:
+def test_a_default_system_prompt_is_for_rows_that_carry_none() -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of("chatml"), default_system="Be quick.")
     assert "Be quick." in renderer.decode(renderer.prompt_ids(TWO_TURNS[:1]))
     own = [{"role": "system", "content": "Be lazy."}, *TWO_TURNS[:1]]

@@ -28,7 +28,7 @@ class FakeRenderer:
 
 
 class FakeEngine:
-    """`script(adapter, question, request)` gives the text; `surprise[adapter]` nats a token are its log-probabilities."""
+    """`script(adapter, question, request)` gives the text; a token costs an adapter `surprise` nats."""
 
     def __init__(
         self, script: Callable[[str | None, str, Request], str], surprise: dict[str | None, float] | None = None
@@ -40,9 +40,7 @@ class FakeEngine:
     def generate(self, requests: list[Request]) -> list[Answer]:
         return [self._answer(request) for request in requests]
 
-    def logprobs(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None
-    ) -> list[float]:
+    def logprobs(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None) -> list[float]:
         return [-self.surprise.get(adapter, 1.0)] * len(answer_ids)
 
     def _answer(self, request: Request) -> Answer:

@@ -151,14 +151,15 @@ class Renderer:
         A character spread over several tokens stands with the last of them.
         """
         pieces: list[str] = []
-        done = start = 0  # tokens whose text is settled; where the decoding window starts
+        settled = [0]  # the ends of tokens at which no character is open
         for end in range(1, len(ids) + 1):
+            done, start = settled[-1], settled[-8:][0]  # a few tokens of context, from where no character is cut
             before, after = (self._text(ids[start:stop], skip_special=False) for stop in (done, end))
             if after.endswith("\ufffd") and end < len(ids) and end - done < 4:  # UTF-8 has at most 4 bytes
                 pieces.append("")
                 continue
             pieces.append(after[len(before) :])
-            done, start = end, max(start, end - 8)
+            settled.append(end)
         return pieces
 
     def _everything(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], turns: list[int]) -> Weighted:
@@ -227,6 +228,8 @@ class Renderer:
             notes.append(
                 "the base's chat template has no system turn; a system prompt opens the first user turn instead"
             )
+        if template.opening:
+            notes.append(f"the base's chat template has no generation prompt; {template.opening!r} opens every answer")
         if not self._ends_in_tail:
             notes.append(
                 "the base's chat template ends no turn in a token; answers end in the end-of-text token instead"

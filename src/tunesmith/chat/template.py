@@ -29,8 +29,13 @@ PLAIN = (
     "{%- if add_generation_prompt -%}{{- '### Assistant:\n' -}}{%- endif -%}"
 )
 # Templates that print today's date get this one (the date Llama 3's own template falls back to): a prompt that changes
-# overnight would neither train twice to the same bytes nor serve what was proved.
+# overnight would neither train twice to the same bytes nor serve what was proved. The macro hides transformers' clock.
 DATE = datetime.datetime(2024, 7, 26)
+FIXED_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "YmdBbeAajyHMSp")
+    + " }}{%- endmacro -%}"
+)
 PROBE_SYSTEM, PROBE_USER, PROBE_ANSWER = "Qsystemq", "Quserq", "Qanswerq"
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
@@ -41,6 +46,7 @@ class Template:
     source       the Jinja text
     installed    the base had none, so the plain one was installed
     folds_system the template has no system turn: a system prompt opens the first user turn instead
+    opening      what opens an answer, where the template leaves that out of its generation prompt; else ""
     tail         the text it puts after an answer, such as "<|im_end|>\\n"; None where that could not be found
     """
 
@@ -51,14 +57,14 @@ class Template:
         self.source = own if own is not None else plain_template(tokenizer)
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
         self.folds_system = self._drops_system()
-        self.tail = self._find_tail()
+        self.opening, self.tail = self._around_an_answer()
 
     def text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, prompt: bool) -> str:
         """Messages as text; `prompt` adds what opens the assistant's turn. Raises InputError if it refuses them."""
         if tools and "tools" not in self.source:
             raise InputError("the base's chat template has no place for tools; leave them out, or choose another base")
         try:
-            return self._render(self._prepare(messages), tools, prompt)
+            return self._render(self._prepare(messages), tools, prompt) + (self.opening if prompt else "")
         except RENDER_ERRORS as error:
             raise InputError(f"the base's chat template refuses these messages: {error}") from None
 
@@ -66,10 +72,9 @@ class Template:
         text = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=list(tools) or None,
-            chat_template=self.source,
+            chat_template=FIXED_CLOCK + self.source if "strftime_now" in self.source else self.source,
             add_generation_prompt=prompt,
             tokenize=False,
-            strftime_now=DATE.strftime,
         )
         assert isinstance(text, str)
         return text
@@ -96,13 +101,18 @@ class Template:
             return False
         return True
 
-    def _find_tail(self) -> str | None:
-        turns = [{"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}]
+    def _around_an_answer(self) -> tuple[str, str | None]:
+        user, assistant = {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}
         try:
-            _, found, tail = self._render(turns, (), False).rpartition(PROBE_ANSWER)
+            question, prompt = self._render([user], (), False), self._render([user], (), True)
+            before, found, tail = self._render([user, assistant], (), False).rpartition(PROBE_ANSWER)
         except RENDER_ERRORS:
-            return None
-        return tail if found else None
+            return "", None
+        if not found:
+            return "", None
+        # A space before the answer belongs to its first word; anything more is the head of the turn.
+        has_head = prompt == question and before.startswith(question) and before[len(question) :].strip()
+        return before[len(question) :].rstrip(" ") if has_head else "", tail
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -18,11 +18,12 @@ MAX_TOTAL_BYTES = 2 * 2**30  # rows are held in memory once read
 ROW_OVERHEAD = 1000  # bytes a row takes in memory beside its text
 
 
-def _silent(sentence: str) -> None: ...
+def silent(sentence: str) -> None:
+    """Say nothing to nobody."""
 
 
 def read_examples(
-    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = _silent
+    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = silent
 ) -> list[Example]:
     """Every training row of the recipe's data section, in order.
 
@@ -35,7 +36,7 @@ def read_examples(
 
 
 def read_held_out(
-    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = _silent
+    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = silent
 ) -> list[Example] | None:
     """The rows of the held-out file, or None where `data.held_out` is a fraction. Raises InputError."""
     if not isinstance(data.held_out, str):

@@ -14,7 +14,7 @@ from tunesmith.recipe import Data
 from tunesmith.types import Example, Message, Source, TokenizedExample
 
 if TYPE_CHECKING:
-    from tunesmith.chat.renderer import Renderer
+    from tunesmith.chat.renderer import Renderer, TrainOn
 
 Rendered = tuple[Sequence[int], Sequence[float]]  # ids and weights
 LINES_NAMED = 8
@@ -65,7 +65,7 @@ def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit:
     too_long: list[tuple[Source, int]] = []
     lost_answers = 0
     for example in examples:
-        rendered = render(example, renderer, data)
+        rendered = render(example, renderer, data.train_on)
         length = longest(rendered)
         if length > limit and data.on_long == "error":
             too_long.append((example.source, length))
@@ -84,20 +84,20 @@ def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit:
     return Tokenized(found, tuple(dropped), tuple(truncated), lost_answers)
 
 
-def render(example: Example, renderer: Renderer, data: Data) -> list[Rendered]:
+def render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Rendered]:
     """One example through the renderer: usually one result, one a trained turn where turns don't nest.
 
     Raises InputError with the row's place, also where the chat template refuses the row.
     """
     try:
-        return _render(example, renderer, data)
+        return _render(example, renderer, train_on)
     except InputError as error:
         raise InputError(error.reason, file=example.source.file, line=example.source.line) from None
 
 
-def _render(example: Example, renderer: Renderer, data: Data) -> list[Rendered]:
+def _render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Rendered]:
     if example.kind == "chat":
-        return [*renderer.chat_example(example.messages, example.tools, train_on=data.train_on)]
+        return [*renderer.chat_example(example.messages, example.tools, train_on=train_on)]
     if example.kind == "completion":
         assert example.prompt is not None
         assert example.completion is not None
@@ -121,14 +121,14 @@ def _tokenized(example: Example, ids: Sequence[int], weights: Sequence[float]) -
 def _truncate(example: Example, renderer: Renderer, data: Data, limit: int) -> tuple[list[Rendered], int]:
     """The example rendered within the limit, and how many earlier assistant turns were lost."""
     if example.kind == "text":
-        return [(ids[:limit], weights[:limit]) for ids, weights in render(example, renderer, data)], 0
+        return [(ids[:limit], weights[:limit]) for ids, weights in render(example, renderer, data.train_on)], 0
     if example.kind == "completion":
         prompt, completion = example.prompt or "", example.completion or ""
         cut = _shortest_cut(prompt, lambda rest: [renderer.completion_example(rest, completion)], limit)
         return _or_refuse(cut, example, limit), 0
 
     def rendered(messages: tuple[Message, ...]) -> list[Rendered]:
-        return render(replace(example, messages=messages), renderer, data)
+        return render(replace(example, messages=messages), renderer, data.train_on)
 
     messages = example.messages
     while longest(rendered(messages)) > limit and (shorter := _without_oldest_exchange(messages)):

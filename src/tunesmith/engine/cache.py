@@ -1,4 +1,4 @@
-"""Keys and values of tokens already computed: a radix tree of shared prefixes, and one slot for each sequence's own end.
+"""Keys and values of tokens already computed: a radix tree of shared prefixes, and a slot for each sequence's own end.
 
     root(adapter) ── "system prompt" ─┬─ "document 1" ── [slot: question, answer so far]
                                       └─ "document 2" ── [slot: question, answer so far]
@@ -41,11 +41,9 @@ class KeyValues:
     def copy_from(self, other: KeyValues, source: int, target: int, count: int) -> None:
         """Copy `count` tokens from position `source` of the other to position `target` here."""
         if count:
-            for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-                torch._foreach_copy_(
-                    [t[..., target : target + count, :] for t in mine],
-                    [t[..., source : source + count, :] for t in theirs],
-                )
+            into, out_of = slice(target, target + count), slice(source, source + count)
+            for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
+                mine[..., into, :] = theirs[..., out_of, :]
 
 
 class KvSpec:
@@ -134,14 +132,13 @@ class PrefixTree:
                 return
             node, tokens = child, tokens[count:]
 
-    def boundary(self, node: Node, tokens: Tokens) -> int:
-        """The longest prefix of `tokens` that ends where a node below `node` ends."""
-        done = 0
-        while done < len(tokens) and (child := node.children.get(int(tokens[done]))) is not None:
-            if shared_length(child.tokens, tokens[done:]) < len(child.tokens):
+    def find(self, node: Node, tokens: Tokens) -> Node:
+        """The deepest node below `node` that ends within `tokens`, all of it matching."""
+        while len(tokens) and (child := node.children.get(int(tokens[0]))) is not None:
+            if shared_length(child.tokens, tokens) < len(child.tokens):
                 break
-            node, done = child, done + len(child.tokens)
-        return done
+            node, tokens = child, tokens[len(child.tokens) :]
+        return node
 
     def use(self, node: Node) -> None:
         """A sequence's path ends here now: neither the node nor what lies above it is evicted."""
@@ -188,7 +185,8 @@ class PrefixTree:
 
     def _split(self, lower: Node, at: int) -> Node:
         """Cut a node in two; the lower half keeps its identity, since sequences may end there. Returns the upper."""
-        assert lower.parent is not None and 0 < at < len(lower.tokens)
+        assert lower.parent is not None
+        assert 0 < at < len(lower.tokens)
         upper = Node(lower.tokens[:at], lower.parent, lower.start, self.spec.empty(at))
         upper.kv.copy_from(lower.kv, 0, 0, min(lower.filled, at))
         rest = self.spec.empty(len(lower.tokens) - at)
@@ -201,7 +199,8 @@ class PrefixTree:
         return upper
 
     def _remove(self, node: Node) -> int:
-        assert node.parent is not None and not node.children and not node.users
+        assert node.parent is not None
+        assert not (node.children or node.users)
         del node.parent.children[int(node.tokens[0])]
         size = len(node.tokens) * self.spec.bytes_per_token
         self.bytes -= size
@@ -226,12 +225,13 @@ class Slots:
 
     def resize(self, count: int, room: int) -> None:
         """Make room for `count` slots of `room` tokens, keeping what both sizes hold."""
-        old, slots, tokens = self.kv, min(count, self.count), min(room, self.room)
-        self.kv = self.spec.empty(room, count)
-        for fresh, before in zip(self.kv.keys + self.kv.values, old.keys + old.values, strict=True):
-            fresh[:slots, :, :tokens] = before[:slots, :, :tokens]
-            fresh[:, :, tokens:] = 0  # masked keys must still be numbers
-            fresh[slots:] = 0
+        slots, tokens = min(count, self.count), min(room, self.room)
+        for tensors in (self.kv.keys, self.kv.values):
+            for layer, before in enumerate(tensors):
+                # Zeros, because masked keys must still be numbers; the system hands out zeroed pages when touched.
+                fresh = before.new_zeros(count, before.shape[1], room, before.shape[3])
+                fresh[:slots, :, :tokens] = before[:slots, :, :tokens]
+                tensors[layer] = fresh  # one layer at a time: the old one is freed before the next is made
         self.count, self.room = count, room
 
     def slot(self, index: int) -> KeyValues:

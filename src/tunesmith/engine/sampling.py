@@ -46,7 +46,7 @@ class Samplable(Protocol):
 
     sampling: Sampling
     random: random.Random
-    prompt: Sequence[int]
+    prompt: list[int]
     generated: list[int]
 
     def allowed(self) -> Tensor | None:

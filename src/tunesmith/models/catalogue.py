@@ -89,6 +89,8 @@ def resolve(model: str, revision: str | None = None) -> Resolved:
         )
     if model in CATALOGUE:
         return _resolve_entry(CATALOGUE[model])
+    if not model.strip():
+        raise _unknown(model)
     if path.suffix.lower() == ".gguf":
         return _resolve_gguf(path)
     if path.is_dir():

@@ -69,7 +69,14 @@ class FusedDecoder:
         first = self.layers[0]
         self.geometry, self.hidden = first.geometry, first.qkv.in_features
         raw = first.geometry.q + first.geometry.k if first.head_norms else 0
-        widths = (self.hidden, raw, first.qkv.out_features, first.geometry.q, self.hidden, 2 * first.geometry.intermediate)
+        widths = (
+            self.hidden,
+            raw,
+            first.qkv.out_features,
+            first.geometry.q,
+            self.hidden,
+            2 * first.geometry.intermediate,
+        )
         self.slabs, self.one_layer = Slabs(widths, len(self.layers), self.work.like), Slabs(widths, 1, self.work.like)
         self.lowest = next((layer.index for layer in self.layers if layer.learns), len(self.layers))
 
@@ -113,7 +120,7 @@ class FusedDecoder:
         grads: dict[int, Tensor] = {}
         dx = torch.zeros_like(held.last)
         if d_hidden is not None:
-            _, rstd = None, self.norm.forward(held.last, torch.empty_like(held.last))
+            rstd = self.norm.forward(held.last, torch.empty_like(held.last))
             self.norm.backward(d_hidden.clone(), held.last, rstd, dx)
         for layer in reversed(self.layers[self.lowest :]):
             rows = held.rows if layer is self.layers[-1] else None
@@ -133,7 +140,7 @@ def fuse(model: PreTrainedModel, adapter: str) -> FusedDecoder | None:
     body = model.base_model
     if _parts(body) != BODY_PARTS or model.device.type != "cpu":
         return None
-    layers = [_fuse_layer(i, layer, model, adapter) for i, layer in enumerate(body.layers)]
+    layers = [_fuse_layer(i, layer, adapter) for i, layer in enumerate(body.layers)]
     found = [layer for layer in layers if layer is not None]
     same = {(layer.geometry, layer.head_norms is None) for layer in found}
     if len(found) != len(layers) or len(same) != 1 or not hasattr(body.norm, "variance_epsilon"):
@@ -145,7 +152,7 @@ def norm_of(module: nn.Module) -> Norm:
     return Norm(module.weight.detach(), float(module.variance_epsilon))  # type: ignore[union-attr, arg-type]
 
 
-def _fuse_layer(index: int, layer: nn.Module, model: PreTrainedModel, adapter: str) -> FusedLayer | None:
+def _fuse_layer(index: int, layer: nn.Module, adapter: str) -> FusedLayer | None:
     parts = {name for name in _parts(layer) if not name.startswith("resid_")}  # Phi-3's dropouts, idle outside training
     if parts != LAYER_PARTS:
         return None
@@ -157,12 +164,10 @@ def _fuse_layer(index: int, layer: nn.Module, model: PreTrainedModel, adapter: s
     o, down = _linears(attention, "o_proj"), _linears(mlp, "down_proj")
     if not (qkv and gate_up and o and down):
         return None
-    config = model.config.get_text_config()
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
     stack = Stack(qkv, adapter)
     heads = o[0].in_features // head_dim
     geometry = Geometry(heads, (stack.out_features // head_dim - heads) // 2, head_dim, down[0].in_features)
-    del config
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     if any(n is not None and not hasattr(n, "variance_epsilon") for n in norms):
         return None

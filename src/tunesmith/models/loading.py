@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from tunesmith.errors import InputError
@@ -44,14 +52,7 @@ def load_base(
     place = pick_device(device)
     weights = _load_weights(resolved, pick_dtype(dtype, place), place)
     tokenizer = load_tokenizer(resolved.folder)
-    table = weights.get_input_embeddings().weight
-    assert isinstance(table, torch.Tensor)
-    rows = table.shape[0]
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows}; use the model's own tokenizer",
-            file=resolved.folder,
-        )
+    _check_vocabulary(weights, tokenizer, resolved.folder)
     return LoadedBase(
         model=weights,
         tokenizer=tokenizer,
@@ -66,14 +67,29 @@ def load_base(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a model's folder. Raises InputError."""
+    """The fast tokenizer of a model's folder, exactly as its tokenizer.json has it. Raises InputError.
+
+    AutoTokenizer may build the tokenizer anew in the way of the model's class, whatever the file says; here it only
+    names the special tokens that a class takes for granted (GPT-2's files do not even name their end of text).
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if not (folder / "tokenizer.json").is_file():
+            tokenizer = _class_tokenizer(folder)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            if tokenizer.eos_token is None:
+                named, known = _class_tokenizer(folder).special_tokens_map, tokenizer.get_vocab()
+                tokenizer.add_special_tokens({name: token for name, token in named.items() if token in known})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"its tokenizer cannot be loaded ({_first_line(error)})", file=folder) from None
     if not tokenizer.is_fast:
         raise InputError("its tokenizer has no fast form (tokenizer.json); save it as one first", file=folder)
     return tokenizer
+
+
+def _class_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return loaded
 
 
 def pick_device(device: Device | str) -> torch.device:
@@ -109,7 +125,7 @@ def _load_weights(resolved: Resolved, dtype: torch.dtype, device: torch.device) 
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model cannot be loaded ({_first_line(error)})", file=folder) from None
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -130,6 +146,18 @@ def _refuse_quantised(folder: Path) -> None:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"its weights are quantised ({method}); use the model's unquantised weights", file=folder)
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Every ordinary token and both ends of a text need a row. (Gemma 3 1B's tokenizer has one picture token more.)"""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor)
+    ends = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(token, int)]
+    needed, rows = max(tokenizer.vocab_size, *(end + 1 for end in ends), 1), table.shape[0]
+    if needed > rows:
+        raise InputError(
+            f"the tokenizer has {needed} tokens but the model only {rows}; use the model's own tokenizer", file=folder
+        )
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

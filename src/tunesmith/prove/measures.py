@@ -144,8 +144,9 @@ TOKENS = ("prompt_tokens", "output_tokens")
 
 
 def all_pairs(rows: Mapping[str, Sequence[Row]], scorer: str) -> list[Paired]:
-    """Every two contenders on the items both answered, p-values corrected over all of them (Holm)."""
-    found = [_pair(a, b, rows, scorer) for a, b in combinations(rows, 2)]
+    """Every two contenders on the items both answered, tuned ones first, p-values corrected over all pairs (Holm)."""
+    tuned_first = sorted(rows, key=lambda name: rows[name][0].kind != "tuned")
+    found = [_pair(a, b, rows, scorer) for a, b in combinations(tuned_first, 2)]
     pairs = [pair for pair in found if pair is not None]
     corrected = holm([pair.p for pair in pairs])
     return [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def prove_items(
     on where it was. Raises InputError for unknown contenders or scorers, and where there is nothing to prove on.
     """
     options, reporter = options or Options(), reporter or Reporter()
-    items, train_items = items_of(held_out), items_of(train)
+    items, train_items = (_blank_as_none(items_of(rows)) for rows in (held_out, train))
     if not items:
         raise InputError("there are no held-out rows to prove on; set data.held_out to a fraction or a file")
     task = detect_task([*train_items, *items], options.schema)
@@ -95,7 +95,7 @@ def prove_items(
     proof = {
         "scorer": scorers[0].name,
         "scorers": [{"name": scorer.name, "about": scorer.about} for scorer in scorers],
-        "items": len(items),
+        "held_out": len(items),
         "task": task.kind,
         "max_new_tokens": max_tokens,
         "stop_early": options.stop_early,
@@ -108,6 +108,11 @@ def prove_items(
     report = report_from_items(folder / "items.jsonl")
     write_report(report, folder / "report.json")
     return report
+
+
+def _blank_as_none(items: Sequence[Item]) -> list[Item]:
+    """An empty expected answer is none at all: nothing can be compared with it."""
+    return [item if (item.expected or "").strip() else replace(item, expected=None) for item in items]
 
 
 def make_plan(

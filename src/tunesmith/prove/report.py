@@ -38,7 +38,7 @@ class Report:
         return {
             "scorer": self.scorer,
             "scorers": self.proof["scorers"],
-            "items": self.proof["items"],
+            "held_out": self.proof["held_out"],
             "contenders": [each.to_json() for each in self.results],
             "paired": [pair.to_json() for pair in self.pairs],
             "minimum_detectable_effect": self.minimum_detectable_effect,

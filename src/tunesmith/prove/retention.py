@@ -134,6 +134,11 @@ def summarise(measured: Measurements) -> dict[str, Any]:
 WHICH = ("base", "tuned")
 
 
+def general_prompt(prompt_id: str) -> str:
+    """The text of a general prompt."""
+    return dict(_general_prompts())[prompt_id]
+
+
 def repetition(ids: Sequence[int], n: int = 3) -> float:
     """The share of n-grams that stood earlier in the same answer: 0 for fresh text, near 1 for a loop."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]

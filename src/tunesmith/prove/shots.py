@@ -11,7 +11,7 @@ from tunesmith.prove.wordings import Shot
 from tunesmith.types import Item
 
 Shots = Callable[[Item], list[Shot]]
-LONGEST = 0.75  # quantile: rows longer than this make poor examples in a small context
+LONGEST = 2  # times the median: longer rows make poor examples in a small context
 
 
 def fixed_shots(pool: Sequence[Item], k: int, task: Task) -> Shots:
@@ -70,5 +70,5 @@ def _length(row: Item) -> int:
 def _not_too_long(pool: Sequence[Item]) -> list[Item]:
     if not pool:
         return []
-    limit = sorted(_length(row) for row in pool)[int(LONGEST * (len(pool) - 1))]
+    limit = LONGEST * sorted(_length(row) for row in pool)[len(pool) // 2]
     return [row for row in pool if _length(row) <= limit]

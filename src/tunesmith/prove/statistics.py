@@ -49,7 +49,8 @@ def wilson(share: float, n: int, confidence: float = CONFIDENCE) -> tuple[float,
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     bottom = 1 + z * z / n
-    return max(0.0, (middle - half) / bottom), min(1.0, (middle + half) / bottom)
+    low, high = (middle - half) / bottom, (middle + half) / bottom
+    return 0.0 if share == 0 else low, 1.0 if share == 1 else high  # exactly, whatever rounding says
 
 
 def difference_interval(

@@ -72,11 +72,11 @@ def _objects(answers: Sequence[str]) -> list[Any] | None:
 
 
 def _few_and_short(labels: Counter[str]) -> bool:
-    """A label set repeats itself: at most 200 distinct one-line answers, each used about four times or more."""
+    """A label set repeats itself: at most 200 distinct one-line answers, each used about five times or more."""
     n = labels.total()
     return (
         all(0 < len(label) <= LONGEST_LABEL and "\n" not in label for label in labels)
-        and len(labels) <= min(MOST_LABELS, max(2, n // 4))
+        and len(labels) <= min(MOST_LABELS, max(2, n // 5))
         and len(labels) < n
     )
 

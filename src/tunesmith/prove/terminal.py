@@ -73,7 +73,8 @@ def faults(each: Result) -> list[str]:
 
 
 def _costs(each: Result, report: Report) -> tuple[str, ...]:
-    measured = str(each.items) if each.items == report.proof["items"] else f"{each.items} of {report.proof['items']}"
+    held_out = report.proof["held_out"]
+    measured = str(each.items) if each.items == held_out else f"{each.items} of {held_out}"
     return (
         f"{100 * each.stop_rate:.0f}%",
         f"{each.prompt_tokens_mean:.0f}",

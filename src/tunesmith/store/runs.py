@@ -101,13 +101,21 @@ class RunSummary:
     changed: str  # ISO 8601, UTC
 
 
-def create_run(folder: Path, *, resume: bool) -> Run:
-    """Make a run folder. A folder that already holds a run is refused unless it is resumed."""
-    run = Run(folder)
-    if run.exists() and not resume:
+def refuse_taken(folder: Path, *, resume: bool) -> None:
+    """Raises InputError where a run can't be made: before any work is done for it."""
+    if Run(folder).exists() and not resume:
         raise InputError("this folder already holds a run; add --resume to continue it, or name another", file=folder)
     if folder.is_file():
         raise InputError("this is a file; --run names a folder", file=folder)
+    nearest = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not os.access(nearest, os.W_OK):
+        raise InputError("the run folder cannot be written; name one that can with --run", file=folder)
+
+
+def create_run(folder: Path, *, resume: bool) -> Run:
+    """Make a run folder. A folder that already holds a run is refused unless it is resumed."""
+    run = Run(folder)
+    refuse_taken(folder, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

@@ -73,17 +73,14 @@ class TreeContext:
             value = torch.cat((self.prefix.values[layer], value), dim=2)
         if query.device.type == "cuda":
             return _flex(self.tree, query, key, value, scaling, sliding_window, softcap)
-        out, _ = _Cascade.apply(query, key, value, self.parts(sliding_window), scaling, softcap)
-        return out
+        return _Cascade.apply(query, key, value, self.parts(sliding_window), scaling, softcap)
 
 
 def cascade_forward(
-    query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """query [1, heads, tokens, dim] -> output [1, tokens, heads, value_dim], log-sum-exp [1, tokens, heads]."""
-    heads = query.shape[1]
-    out = query.new_empty(1, parts.tokens, heads, value.shape[-1])
-    lse = query.new_empty(1, parts.tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, parts: Parts, scaling: float, softcap: float | None
+) -> Tensor:
+    """query, key, value [1, heads, tokens, dim]; fills out [1, tokens, heads, dim]; returns lse [1, tokens, heads]."""
+    lse = query.new_empty(out.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     for part in parts.parts:
         rows, cols = slice(part.q0, part.q1), slice(part.k0, part.k1)
         piece, piece_lse = forward_part(query[:, :, rows], key[:, :, cols], value[:, :, cols], part, scaling, softcap)
@@ -95,44 +92,31 @@ def cascade_forward(
         old, new = (lse[:, rows] - union).exp_()[..., None], (piece_lse - union).exp_()[..., None]
         out[:, rows] = (out[:, rows] * old).addcmul_(piece.to(old.dtype), new)
         lse[:, rows] = union
-    return out, lse
+    return lse
 
 
 def cascade_backward(
     grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
     parts: Parts,
     scaling: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their shapes (token-major in memory)."""
-    grads = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)]
-    grad_query, grad_key, grad_value = (g.transpose(1, 2) for g in grads)
+) -> None:
+    """Writes the gradients of query, key and value into `grads`. `forward`: query, key, value, out and lse."""
+    query, key, value, out, lse = forward
+    grad_query, grad_key, grad_value = grads
     if not parts.keys_once:
         grad_key.zero_()
         grad_value.zero_()
     grad_out, out, lse = grad_out.transpose(1, 2), out.transpose(1, 2), lse.transpose(1, 2)
     for part in parts.parts:
         rows, cols = slice(part.q0, part.q1), slice(part.k0, part.k1)
-        dq, dk, dv = backward_part(
-            grad_out[:, :, rows],
-            query[:, :, rows],
-            key[:, :, cols],
-            value[:, :, cols],
-            out[:, :, rows],
-            lse[:, :, rows],
-            part,
-            scaling,
-            softcap,
-        )
+        seen = (query[:, :, rows], key[:, :, cols], value[:, :, cols], out[:, :, rows], lse[:, :, rows])
+        dq, dk, dv = backward_part(grad_out[:, :, rows], seen, part, scaling, softcap)
         _put(grad_query[:, :, rows], dq, part.first)
         _put(grad_key[:, :, cols], dk, parts.keys_once)
         _put(grad_value[:, :, cols], dv, parts.keys_once)
-    return grad_query, grad_key, grad_value
 
 
 def _put(target: Tensor, grad: Tensor, first: bool) -> None:
@@ -146,18 +130,21 @@ class _Cascade(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = cascade_forward(query, key, value, parts, scaling, softcap)
+    ) -> Tensor:
+        out = query.new_empty(1, parts.tokens, query.shape[1], value.shape[-1])
+        lse = cascade_forward(query, key, value, out, parts, scaling, softcap)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.parts, ctx.scaling, ctx.softcap = parts, scaling, softcap
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        grads = cascade_backward(upstream[0], query, key, value, out, lse, ctx.parts, ctx.scaling, ctx.softcap)
+        # Token-major in memory, as the model's own linears will want them.
+        grads = tuple(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value))
+        forward = (query, key, value, out, lse)
+        cascade_backward(upstream[0], forward, grads, ctx.parts, ctx.scaling, ctx.softcap)
         return *grads, None, None, None
 
 

@@ -37,16 +37,13 @@ def forward_part(
 
 def backward_part(
     grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     part: Part,
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a part's query, key and value; `out` and `lse` are those of ALL the parts its queries stand in."""
+    """Gradients of a part's query, key and value. `forward`: these, then out and lse of ALL the queries' parts."""
+    query, key, value, out, lse = forward
     if _has_flash(query, value, softcap):
         bias = None if part.bias is None else part.bias.to(query.dtype)
         return _flash_backward(grad_out, query, key, value, out, lse, 0.0, part.causal, attn_mask=bias, scale=scaling)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 
-import pytest
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -40,7 +39,8 @@ TEMPLATES = {
     "gemma": (
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
         "{% endif %}{% for m in messages %}"
-        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}"
         "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
         "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
@@ -124,23 +124,17 @@ def sentencepiece_like(family: str) -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     first, last = ENDS[family]
-    backend.add_special_tokens([token for token in SPECIALS[family]])
+    backend.add_special_tokens(SPECIALS[family])
     backend.post_processor = processors.TemplateProcessing(
         single=[first, "$A"], special_tokens=[(first, backend.token_to_id(first))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=first, eos_token=last, unk_token="<unk>")
 
 
-@pytest.fixture(scope="session")
-def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
-    """A tokenizer with one of the template shapes above, by its name; trained once."""
-    made: dict[str, PreTrainedTokenizerFast] = {}
-
-    def get(name: str) -> PreTrainedTokenizerFast:
-        if name not in made:
-            family, template = VARIANTS[name] if name in VARIANTS else (name, TEMPLATES[name])
-            made[name] = byte_level(family)
-            made[name].chat_template = template
-        return made[name]
-
-    return get
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one of the template shapes above, by its name; trained once. Not to be changed."""
+    family, template = VARIANTS[name] if name in VARIANTS else (name, TEMPLATES[name])
+    tokenizer = byte_level(family)
+    tokenizer.chat_template = template
+    return tokenizer

@@ -1,0 +1,124 @@
+"""Does anything held out, or nearly the same, stand among the rows trained on?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+
+from tunesmith.data.likeness import normalise
+from tunesmith.data.material import Material, Note
+from tunesmith.data.minhash import Labels
+from tunesmith.data.private import quote
+from tunesmith.data.tokenize import count_rows
+
+NEAR_REMEDY = "remove them from the training file (--fix does), or let tunesmith hold rows out itself"
+
+
+def duplicates(material: Material) -> Iterator[Note]:
+    """Rows that repeat another row of their own side, input and answer, and what a random split would leak."""
+    first: dict[tuple[int, str], int] = {}
+    copies: list[int] = []
+    for number, (same, answer) in enumerate(zip(material.same.tolist(), material.answers, strict=True)):
+        side = number >= len(material.train)
+        if first.setdefault((2 * same + side, normalise(answer)), number) != number:
+            copies.append(number)
+    if not copies:
+        return
+    sources = material.sources(copies)
+    leak = random_split_leak(material.same, _fraction(material))
+    reason = (
+        f"{count_rows(sources)} of {len(material.rows):,} repeat an earlier row ({len(first):,} are distinct); "
+        f"a random split would leak {leak:.0%} of its held-out rows into training, this one keeps copies together"
+    )
+    remedy = "remove the copies (--fix does), or say by a weight that they should count more"
+    yield Note("duplicates", "warn", reason, remedy, sources, remove=sources)
+
+
+def near_duplicates(material: Material) -> Iterator[Note]:
+    """Rows of one side whose inputs differ in a few words."""
+    clusters = [numbers for numbers in _clusters(material.near) if len(set(material.same[numbers].tolist())) > 1]
+    if not clusters:
+        return
+    clusters.sort(key=len, reverse=True)
+    sources = material.sources(sorted(number for numbers in clusters for number in numbers))
+    a, b = _two_that_differ(material, clusters[0])
+    leak = random_split_leak(material.near, _fraction(material))
+    reason = (
+        f"{count_rows(sources)} in {len(clusters):,} clusters of near-duplicates, such as {quote(material.inputs[a])} "
+        f"and {quote(material.inputs[b])}; a random split would leak {leak:.0%} of its held-out rows"
+    )
+    yield Note("near-duplicates", "warn", reason, "keep one of each, or more varied rows", sources)
+
+
+def split_leak(material: Material) -> Iterator[Note]:
+    """Held-out inputs that are trained on, word for word or nearly."""
+    same, near_to, count = material.same.tolist(), material.near.tolist(), len(material.train)
+    train, held_out = range(count), range(count, len(material.rows))
+    known = {same[n] for n in held_out}
+    exact = [n for n in train if same[n] in known]
+    if exact:
+        trained = {same[n] for n in exact}
+        copied = sum(same[n] in trained for n in held_out)
+        reason = f"{copied:,} of {len(held_out):,} held-out rows have their input among the training rows too"
+        sources = material.sources(exact)
+        yield Note("split-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
+    clusters = {near_to[n]: n for n in held_out}
+    near = [n for n in train if near_to[n] in clusters and same[n] not in known]
+    if near:
+        example, other = near[0], clusters[near_to[near[0]]]
+        sources = material.sources(near)
+        reason = (
+            f"{count_rows(sources)} trained on nearly equal a held-out row: {quote(material.inputs[example])} and, "
+            f"held out at {material.rows[other].source}, {quote(material.inputs[other])}"
+        )
+        yield Note("near-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
+
+
+def group_leak(material: Material) -> Iterator[Note]:
+    """A group with rows on both sides."""
+    column = material.data.group_by
+    if column is None:
+        return
+    held_out = {str(row.columns.get(column)) for row in material.held_out if row.columns.get(column) is not None}
+    sources = [row.source for row in material.train if str(row.columns.get(column)) in held_out]
+    if sources:
+        reason = f'{count_rows(sources)} trained on belong to a "{column}" that is also held out'
+        yield Note("group-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
+
+
+def few_shot_leak(material: Material) -> Iterator[Note]:
+    """Few-shot examples that are held-out rows."""
+    held_out = {row.id for row in material.held_out}
+    sources = [row.source for row in material.few_shot if row.id in held_out]
+    if sources:
+        reason = f"{count_rows(sources)} of the few-shot examples are held out"
+        yield Note("few-shot-leak", "block", reason, "draw few-shot examples from the training rows", sources)
+
+
+def random_split_leak(clusters: Labels, fraction: float) -> float:
+    """Expected share of held-out rows with a row of their cluster in training, were each row drawn by chance.
+
+    A held-out row of a cluster of m keeps all m - 1 others out of training with probability fraction^(m - 1).
+    """
+    sizes = np.unique(clusters, return_counts=True)[1]
+    return float((sizes * (1 - fraction ** (sizes - 1.0))).sum() / max(1, sizes.sum()))
+
+
+def _fraction(material: Material) -> float:
+    held_out = material.data.held_out
+    return held_out if isinstance(held_out, float) and held_out > 0 else 0.15
+
+
+def _clusters(labels: Labels) -> list[list[int]]:
+    """Row numbers by cluster, of clusters with more than one row."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for number, label in enumerate(labels.tolist()):
+        found[label].append(number)
+    return [members for members in found.values() if len(members) > 1]
+
+
+def _two_that_differ(material: Material, numbers: list[int]) -> tuple[int, int]:
+    first = numbers[0]
+    return first, next(n for n in numbers if material.same[n] != material.same[first])

@@ -1,0 +1,186 @@
+"""The engine's inside: token ids in, token ids out. Knows nothing of messages or text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tunesmith.engine.attention import Below, CacheContext, Span
+from tunesmith.engine.cache import KvSpec, LayerShape, Node
+from tunesmith.engine.generation import Generation
+from tunesmith.engine.request import BusyError
+from tunesmith.engine.sampling import choose
+from tunesmith.engine.scheduler import Chunk, Plan, Scheduler
+from tunesmith.models.lora import LoraModel
+from tunesmith.tree.body import run_body
+from tunesmith.tree.heads import Head, head_of
+
+Segment = tuple[str, int, int]
+SCORED_AT_ONCE = 64  # rows of logits that exist at a time while scoring
+
+
+class Core:
+    """Runs generations over one model. Not for several threads at once: the caller locks."""
+
+    def __init__(
+        self, lora: LoraModel, *, memory_limit: int, max_batch: int, step_tokens: int, max_waiting: int
+    ) -> None:
+        self.lora, self.model = lora, lora.model
+        self.device = self.model.device
+        self.head: Head = head_of(self.model)
+        self.max_waiting = max_waiting
+        self.scheduler = Scheduler(
+            kv_spec(lora), memory_limit=memory_limit, max_batch=max_batch, step_tokens=step_tokens
+        )
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    @property
+    def generations(self) -> list[Generation]:
+        """All that wait or run."""
+        return [*self.scheduler.waiting, *self.scheduler.running]
+
+    def submit(self, generation: Generation) -> None:
+        """Put a generation in the queue. Raises BusyError where it is full."""
+        if len(self.scheduler.waiting) >= self.max_waiting:
+            raise BusyError(f"{self.max_waiting} requests are waiting already; ask again later")
+        self.scheduler.waiting.append(generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """End a generation now; what it has generated stands."""
+        if generation.finish_reason is None:
+            generation.finish_reason = "cancelled"
+            self.scheduler.leave(generation)
+
+    def forget(self, cache_key: object) -> None:
+        """Drop what was computed with an adapter; nothing of it may be running."""
+        self.scheduler.tree.forget(cache_key)
+
+    def reset(self) -> None:
+        """Cancel everything and start with an empty cache."""
+        for generation in self.generations:
+            self.cancel(generation)
+        self.scheduler.clear()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Run the model once over the next tokens of every running generation."""
+        plan = self.scheduler.plan()
+        chunks = plan.chunks
+        if not chunks:
+            assert not self.scheduler.running
+            return
+        hidden = self._run(plan)
+        self.scheduler.advance(plan)
+        ends: list[int] = []
+        ready: list[Generation] = []
+        row = 0
+        for chunk in chunks:
+            row += chunk.stop - chunk.start
+            generation = chunk.generation
+            if generation.scored_from is not None:
+                self._score(chunk, hidden[row - (chunk.stop - chunk.start) : row])
+            elif chunk.stop == generation.length:
+                ends.append(row - 1)
+                ready.append(generation)
+        if ready:
+            logits = self.head.logits(hidden[ends]).float()
+            for generation, choice in zip(ready, choose(logits, ready), strict=True):
+                generation.take(choice)
+        for generation in dict.fromkeys(chunk.generation for chunk in chunks):
+            if generation.finish_reason is not None:
+                self.scheduler.leave(generation)
+
+    def _run(self, plan: Plan) -> Tensor:
+        """The step's rows through the model: hidden states [rows, hidden]."""
+        chunks = plan.chunks
+        ids = torch.tensor([t for c in chunks for t in c.generation.slice(c.start, c.stop)], device=self.device)
+        positions = torch.tensor([p for c in chunks for p in range(c.start, c.stop)], device=self.device)
+        self.lora.routing.segments = _segments(chunks)
+        try:
+            return run_body(self.model, ids, positions, self._context(plan, positions))
+        finally:
+            self.lora.routing.segments = ()
+
+    def _context(self, plan: Plan, positions: Tensor) -> CacheContext:
+        spans: list[Span] = []
+        below: dict[Node, list[int]] = {}
+        row = 0
+        for chunk in plan.chunks:
+            stop = row + chunk.stop - chunk.start
+            generation, node = chunk.generation, chunk.node
+            if row >= len(plan.decode):
+                store = self.scheduler.slots.slot(generation.slot) if node is None else node.kv
+                assert generation.node is not None
+                spans.append(
+                    Span(row, stop, store, chunk.start - (generation.node.end if node is None else node.start))
+                )
+            for seen in chunk.seen_nodes():
+                below.setdefault(seen, []).extend(range(row, stop))
+            row = stop
+        decoding = [chunk.generation for chunk in plan.decode]
+        return CacheContext(
+            positions=positions,
+            slots=self.scheduler.slots,
+            slot_index=torch.tensor([g.slot for g in decoding], dtype=torch.long, device=self.device),
+            slot_length=torch.tensor([g.tail + 1 for g in decoding], dtype=torch.long, device=self.device),
+            spans=spans,
+            below=[Below(node, torch.tensor(rows, device=self.device)) for node, rows in below.items()],
+        )
+
+    def _score(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Log-probabilities of the tokens that follow the chunk's rows, from `scored_from` on."""
+        generation = chunk.generation
+        assert generation.scored_from is not None
+        first = max(chunk.start, generation.scored_from - 1)
+        targets = generation.prompt[first + 1 : chunk.stop + 1]
+        for done in range(0, len(targets), SCORED_AT_ONCE):
+            some = torch.tensor(targets[done : done + SCORED_AT_ONCE], device=self.device)
+            rows = hidden[first - chunk.start + done :][: len(some)]
+            logprobs = torch.log_softmax(self.head.logits(rows).float(), -1)
+            generation.scores += logprobs[torch.arange(len(some)), some].tolist()
+        if chunk.stop == generation.length:
+            generation.finish_reason = "stop"
+
+
+def kv_spec(lora: LoraModel) -> KvSpec:
+    """Ask the model what it keeps of a token, by running one."""
+    probe = _ShapeProbe()
+    ids = torch.zeros(1, dtype=torch.long, device=lora.model.device)
+    with torch.no_grad():
+        run_body(lora.model, ids, ids, probe)
+    layers = [probe.shapes[layer] for layer in range(len(probe.shapes))]
+    return KvSpec(layers, probe.dtype, lora.model.device)
+
+
+class _ShapeProbe:
+    """An attention context that notes the shapes of keys and values."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.dtype = torch.float32
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: object) -> Tensor:
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.dtype = value.dtype
+        return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2)
+
+
+def _segments(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
+    """Runs of rows of one adapter."""
+    segments: list[Segment] = []
+    row = 0
+    for chunk in chunks:
+        stop = row + chunk.stop - chunk.start
+        name = chunk.generation.adapter
+        if name is not None:
+            if segments and segments[-1][0] == name and segments[-1][2] == row:
+                segments[-1] = (name, segments[-1][1], stop)
+            else:
+                segments.append((name, row, stop))
+        row = stop
+    return tuple(segments)

@@ -1,0 +1,39 @@
+"""The main scorer on a few held-out rows while training runs, through the engine with the weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tunesmith.prove.answering import EngineModel, PromptRenderer, ReplyCache, Weights
+from tunesmith.prove.contender import Prompted
+from tunesmith.prove.scorers import Scorer
+from tunesmith.prove.scoring import score_answer
+from tunesmith.prove.statistics import mean_interval
+from tunesmith.prove.wordings import Page
+from tunesmith.types import Interval, Item
+
+
+def score_sample(
+    weights: Weights,
+    renderer: PromptRenderer,
+    items: Sequence[Item],
+    scorer: Scorer,
+    *,
+    max_tokens: int,
+    context_length: int,
+) -> Interval:
+    """The weights' mean score on `items`, asked exactly as in training, greedily. Nothing is remembered."""
+    model = EngineModel(Weights(weights.engine, weights.adapter), renderer, max_tokens, context_length)
+    tuned = Prompted("tuned", "tuned", model, Page(renderer.has_template).as_trained)
+    replies = tuned.answer(items, ReplyCache(None))
+    scored = [
+        score_answer([scorer], reply.output, item, failed=reply.error).scores[scorer.name]
+        for item, reply in zip(items, replies, strict=True)
+    ]
+    return mean_interval([score for score in scored if score is not None])
+
+
+def sample_items(items: Sequence[Item], n: int) -> list[Item]:
+    """`n` of the items, spread evenly over them."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]

@@ -1,0 +1,190 @@
+"""Which way a model's body is run: fused where it has that shape and the numbers agree, else through its own modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from tunesmith.models.fused import FusedDecoder, fuse
+from tunesmith.models.lora import LoraModel
+from tunesmith.train.forward import Body, ModuleBody
+from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
+from tunesmith.tree.body import run_body
+from tunesmith.tree.heads import Head, head_of
+from tunesmith.tree.layout import TokenTree, build_tree
+from tunesmith.types import TokenizedExample
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How a layer of the model calls attention."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: str | None = None) -> Body:
+    """The fastest body that computes what the (prepared) model computes, with `adapter` on."""
+    plain = ModuleBody(model)
+    if lora is None or adapter is None or _has_dropout(lora, adapter):
+        return plain
+    decoder = fuse(model, adapter)
+    if decoder is None:
+        return plain
+    lora.use(adapter)
+    tree = _trial(model)
+    seen = _Listener(tree)
+    ids, positions = torch.as_tensor(tree.input_ids), torch.as_tensor(tree.position_ids)
+    with torch.no_grad():
+        expected = run_body(model, ids, positions, seen)
+    if seen.layers.keys() != set(range(len(decoder.layers))):
+        return plain
+    fused = FusedBody(model, decoder, seen.layers, [p for _, p in lora.parameters(adapter)])
+    with torch.no_grad():
+        actual, _ = fused(tree, torch.arange(tree.tokens))
+    return fused if torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())) else plain
+
+
+def _has_dropout(lora: LoraModel, adapter: str) -> bool:
+    return any(layer.adapters[adapter].dropout for layer in lora.layers.values() if adapter in layer.adapters)
+
+
+def _trial(model: PreTrainedModel) -> TokenTree:
+    """Two branches behind a prefix."""
+    size = min(64, model.config.get_text_config().vocab_size)
+    rows = [np.arange(9) % size, np.array([0, 1, 2, 7, 6, 5, 4, 3]) % size]
+    return build_tree([TokenizedExample("", ids.astype(np.int32), np.zeros(len(ids), np.float32)) for ids in rows])
+
+
+class _Listener(TreeContext):
+    """Notes how each layer calls attention."""
+
+    def __init__(self, tree: TokenTree) -> None:
+        super().__init__(tree)
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        self.layers[layer] = LayerAttention(**settings)
+        return super().attend(layer, query, key, value, **settings)
+
+
+class FusedBody:
+    """A FusedDecoder as a Body: one node of the autograd graph."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: FusedDecoder,
+        layers: dict[int, LayerAttention],
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self.model, self.decoder, self.layers, self.parameters = model, decoder, layers, parameters
+        self.device = model.device
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    def __call__(
+        self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False
+    ) -> tuple[Tensor, PrefixCache | None]:
+        attention = _TreeAttention(TreeContext(tree, prefix=prefix, record=record), self.layers)
+        inputs = self.parameters + ([] if prefix is None else prefix.tensors())
+        hidden, *recorded = _FusedPass.apply(self.decoder, tree, rows, attention, *inputs)  # type: ignore[misc]
+        if not record:
+            return hidden, None
+        layers = len(self.layers)
+        return hidden, PrefixCache(dict(enumerate(recorded[:layers])), dict(enumerate(recorded[layers:])))
+
+
+@dataclass
+class _TreeAttention:
+    """The tree's cascade behind the fused decoder's Attention."""
+
+    context: TreeContext
+    layers: dict[int, LayerAttention]
+    upstream: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # of recorded keys, values
+    prefix_grads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        settings, recorded = self.layers[layer], self.context.recorded
+        query, key, value = self._inputs(layer, q, k, v)
+        if recorded is not None:
+            recorded.keys[layer], recorded.values[layer] = _heads_first(k).clone(), _heads_first(v).clone()
+        parts = self.context.parts(settings.sliding_window)
+        return cascade_forward(query, key, value, out[None], parts, settings.scaling, settings.softcap)
+
+    def backward(
+        self,
+        layer: int,
+        forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        d_out: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        settings, (q, k, v, out, lse) = self.layers[layer], forward
+        query, key, value = self._inputs(layer, q, k, v)
+        dq, dk, dv = (_heads_first(g) for g in grads)
+        into = (dq, dk, dv)
+        if self.context.prefix is not None:
+            into = (dq, torch.empty_like(key), torch.empty_like(value))
+        parts = self.context.parts(settings.sliding_window)
+        seen = (query, key, value, out[None], lse)
+        cascade_backward(d_out[None], seen, into, parts, settings.scaling, settings.softcap)
+        if self.context.prefix is not None:
+            length = self.context.tree.prefix
+            self.prefix_grads[layer] = (into[1][:, :, :length], into[2][:, :, :length])
+            dk.copy_(into[1][:, :, length:])
+            dv.copy_(into[2][:, :, length:])
+        for grad, more in zip((dk, dv), self.upstream.get(layer, (None, None)), strict=True):
+            if more is not None:
+                grad += more
+
+    def _inputs(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (_heads_first(t) for t in (q, k, v))
+        if self.context.prefix is None:
+            return query, key, value
+        before = self.context.prefix
+        key = torch.cat((before.keys[layer].detach(), key), dim=2)
+        return query, key, torch.cat((before.values[layer].detach(), value), dim=2)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[tokens, heads, dim] -> [1, heads, tokens, dim], a view."""
+    return x.transpose(0, 1)[None]
+
+
+class _FusedPass(torch.autograd.Function):
+    """inputs: the adapter's parameters, then the prefix's keys and values; outputs: hidden, then recorded ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, decoder: FusedDecoder, tree: TokenTree, rows: Tensor, attention: _TreeAttention, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ids, positions = torch.as_tensor(tree.input_ids), torch.as_tensor(tree.position_ids)
+        hidden, held = decoder.forward(ids, positions, attention, rows, keep=any(ctx.needs_input_grad))
+        ctx.set_materialize_grads(False)
+        ctx.decoder, ctx.held, ctx.attention, ctx.inputs = decoder, held, attention, inputs
+        recorded = attention.context.recorded
+        return hidden, *([] if recorded is None else recorded.tensors())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        attention, held, inputs = ctx.attention, ctx.held, ctx.inputs
+        assert held is not None, "a fused pass has one backward"
+        recorded, layers = upstream[1:], len(ctx.decoder.layers)
+        if recorded:
+            attention.upstream = dict(enumerate(zip(recorded[:layers], recorded[layers:], strict=True)))
+        grads = ctx.decoder.backward(held, upstream[0])
+        ctx.held = None
+        prefix = [attention.prefix_grads.get(layer, (None, None)) for layer in range(layers)]
+        by_prefix = [pair[side] for side in (0, 1) for pair in prefix] if attention.context.prefix is not None else []
+        own = [grads.get(id(parameter)) for parameter in inputs[: len(inputs) - len(by_prefix)]]
+        return None, None, None, None, *own, *by_prefix

@@ -1,0 +1,137 @@
+"""What a run will take, before it is paid for: tokens, seconds and peak memory, measured on this machine and model."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.data.batches import Layout, Step, StepPlan, make_step
+from tunesmith.train.bodies import FusedBody
+from tunesmith.train.forward import Body, run_tree
+from tunesmith.train.loop import accumulate
+from tunesmith.train.losses import Loss
+from tunesmith.tree.heads import LOGITS_AT_ONCE
+from tunesmith.tree.layout import build_tree
+from tunesmith.types import TokenizedExample
+
+LARGEST_BUDGET = 8192  # tokens in one micro-batch; beyond that products get no faster
+SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
+TRIAL_TOKENS = 512
+ADAMW_COPIES = 3  # gradient and two moments
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """`tokens` counts every example in full, `computed_tokens` what the model really runs."""
+
+    steps: int
+    tokens: int
+    computed_tokens: int
+    supervised_tokens: int
+    seconds: float
+    peak_bytes: int
+    bytes_per_token: int  # kept between forward and backward
+    token_budget: int  # of one micro-batch
+    memory_limit: int  # bytes
+    fits: bool
+
+
+def memory_limit(setting: str) -> int:
+    """`runtime.memory_limit` in bytes; auto is four fifths of what this machine has available now."""
+    if setting == "auto":
+        return int(0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + resident_bytes()
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = setting.upper().rstrip("KMGIB ")
+    return int(float(number) * units.get(setting.upper().removeprefix(number).strip(), 1))
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def token_budget(
+    body: Body, parameters: Mapping[str, nn.Parameter], rows: Sequence[TokenizedExample], limit: int
+) -> int:
+    """The most tokens a micro-batch may hold under `limit` bytes; 0 where not even the longest row fits."""
+    room = limit - _fixed_bytes(body, parameters)
+    fitting = min(LARGEST_BUDGET, room // bytes_per_token(body, rows))
+    longest = max(len(row.input_ids) for row in rows)
+    return fitting if fitting >= longest else 0
+
+
+def bytes_per_token(body: Body, rows: Sequence[TokenizedExample]) -> int:
+    """What a token keeps for the backward pass: stated by a fused body, else counted over one trial forward."""
+    if isinstance(body, FusedBody):
+        return body.decoder.bytes_per_token
+    row = max(rows, key=lambda row: min(len(row.input_ids), TRIAL_TOKENS))
+    short = TokenizedExample(row.example_id, row.input_ids[:TRIAL_TOKENS], row.weights[:TRIAL_TOKENS])
+    tree, kept = build_tree([short]), dict[int, int]()
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        batch = run_tree(body, tree, [short])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in body.model.parameters()}
+    total = sum(size for pointer, size in kept.items() if pointer not in weights)
+    del batch
+    return max(1, total // tree.tokens)
+
+
+def estimate(
+    body: Body, parameters: Mapping[str, nn.Parameter], steps: StepPlan, loss: Loss, *, limit: int
+) -> Estimate:
+    """Count the run's tokens and time a piece of its first step. `steps` is laid out under `limit` already."""
+    sampled = [steps[i * len(steps) // count] for count in (min(SAMPLED_STEPS, len(steps)),) for i in range(count)]
+    times = len(steps) / len(sampled)
+    computed = sum(step.computed_tokens for step in sampled) * times
+    largest = max(tree.prefix + tree.tokens for step in sampled for tree in step.trees)
+    per_token = bytes_per_token(body, steps.examples)
+    peak = _fixed_bytes(body, parameters) + largest * per_token
+    return Estimate(
+        steps=len(steps),
+        tokens=round(sum(step.tokens for step in sampled) * times),
+        computed_tokens=round(computed),
+        supervised_tokens=round(sum(step.supervised_tokens for step in sampled) * times),
+        seconds=computed * _seconds_per_token(body, parameters, sampled[0], steps.layout, loss),
+        peak_bytes=peak,
+        bytes_per_token=per_token,
+        token_budget=steps.layout.token_budget,
+        memory_limit=limit,
+        fits=peak <= limit,
+    )
+
+
+def _seconds_per_token(
+    body: Body, parameters: Mapping[str, nn.Parameter], first: Step, layout: Layout, loss: Loss
+) -> float:
+    """Forward and backward of a few rows of the first step, the second time they are run."""
+    rows: list[TokenizedExample] = []
+    for row in first.examples:
+        rows.append(row)
+        trial = make_step(0, 0.0, rows, layout)
+        if trial.computed_tokens >= TRIAL_TOKENS:
+            break
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        accumulate(body, trial, loss)
+        seconds = time.perf_counter() - began
+    for parameter in parameters.values():
+        parameter.grad = None
+    return seconds / trial.computed_tokens
+
+
+def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
+    """What does not grow with the micro-batch: what is held now, AdamW's copies, and the slice of logits."""
+    trained = sum(p.numel() * p.element_size() for p in parameters.values())
+    return resident_bytes() + ADAMW_COPIES * trained + 2 * LOGITS_AT_ONCE * 4

@@ -1,0 +1,229 @@
+"""Adapters pass between tunesmith and PEFT in both directions with the same logits; what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from tunesmith.errors import InputError
+from tunesmith.models.loading import load_base
+from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
+from tunesmith.models.peft_format import load_adapter, read_config, save_adapter
+from tunesmith.recipe import Adapter
+
+IDS = torch.arange(12)[None] % 60
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+MODELS = {"llama": tiny.llama, "gpt2": gpt2}
+
+
+def trained(model: PreTrainedModel, section: Adapter, name: str = "t") -> LoraModel:
+    lora = wrap(model)
+    add_new_adapter(lora, name, section, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for _, weight in lora.parameters(name):
+        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    return lora
+
+
+@torch.no_grad()
+def logits(lora: LoraModel, adapter: str | None) -> torch.Tensor:
+    lora.use(adapter)
+    return lora.model(IDS).logits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "section",
+    [
+        Adapter(rank=4, alpha=8),
+        Adapter(rank=3, alpha=10, rslora=True),
+        Adapter(rank=4, alpha=7, target_modules=("q_proj", "v_proj", "c_attn")),
+        Adapter(rank=2, target_modules=r".*\.1\..*(up_proj|c_fc)"),
+    ],
+    ids=["all-linear", "rslora", "names", "regex"],
+)
+def test_peft_reads_what_tunesmith_writes(kind, section, tmp_path) -> None:
+    model = MODELS[kind]()
+    reference = copy.deepcopy(model)
+    lora = trained(model, section)
+    save_adapter(lora, "t", tmp_path / "a", section, "the/base", "abc")
+    ours, plain = logits(lora, "t"), logits(lora, None)
+    peft_model = PeftModel.from_pretrained(reference, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(peft_model(IDS).logits, ours, rtol=0, atol=1e-5)
+    assert (ours - plain).abs().max() > 1e-2
+    saved = set(load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    assert saved == {name for name, _ in lora.parameters("t")}
+    theirs = peft_model.peft_config["default"]
+    assert (theirs.base_model_name_or_path, theirs.revision, theirs.r) == ("the/base", "abc", section.rank)
+    adapted = {name for name, module in peft_model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {name for name, layer in lora.layers.items() if "t" in layer.adapters}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "down_proj", "c_fc"]},
+        {"r": 4, "target_modules": r".*\.0\..*(q_proj|c_attn)"},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2, "c_attn": 2},
+            "alpha_pattern": {r"1\.mlp\.up_proj": 3, r"1\.mlp\.c_fc": 3},
+        },
+    ],
+    ids=["all-linear", "rslora", "regex", "patterns"],
+)
+def test_tunesmith_reads_what_peft_writes_and_writes_it_back(kind, config, tmp_path) -> None:
+    model = MODELS[kind]()
+    theirs = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    lora = wrap(copy.deepcopy(model))
+    facts = load_adapter(lora, "x", tmp_path / "theirs")
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    torch.testing.assert_close(logits(lora, "x"), expected, rtol=0, atol=1e-5)
+    assert facts.rank == 4
+    save_adapter(lora, "x", tmp_path / "back", Adapter(rank=4, rslora=bool(config.get("use_rslora"))), "b")
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "back")(IDS).logits
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+def test_target_modules_are_short_names_where_they_say_exactly_that(tmp_path) -> None:
+    for targets, written in (
+        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (r".*0\.self_attn\.q_proj", ["model.layers.0.self_attn.q_proj"]),
+    ):
+        section = Adapter(rank=2, target_modules=targets)
+        save_adapter(trained(tiny.llama(), section), "t", tmp_path, section, "b")
+        assert read_config(tmp_path)["target_modules"] == written
+
+
+def test_the_same_adapter_is_the_same_bytes(tmp_path) -> None:
+    for name in ("one", "two"):
+        save_adapter(trained(tiny.llama(), Adapter(rank=4)), "t", tmp_path / name, Adapter(rank=4), "b")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    save_adapter(trained(tiny.llama(), Adapter(rank=4)), "t", tmp_path / "a", Adapter(rank=4), "b")
+    return tmp_path / "a"
+
+
+def refused(folder: Path, reason: str, model: PreTrainedModel | None = None) -> None:
+    lora = wrap(model or tiny.llama())
+    with pytest.raises(InputError, match=reason) as caught:
+        load_adapter(lora, "x", folder)
+    assert "\n" not in str(caught.value)
+    assert not any(layer.adapters for layer in lora.layers.values()), "a refused adapter must leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("r", 0),
+        ("lora_alpha", None),
+        ("trainable_token_indices", [1]),
+        ("r", 8),
+    ],
+)
+def test_what_cannot_be_applied_exactly_is_refused(field, value, adapter) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    refused(adapter, {"peft_type": "IA3", "r": "r is 0|does not fit"}.get(field, field))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights.clear(), "empty"),
+        (lambda weights: weights.pop(next(iter(weights))), "only one of lora_A and lora_B"),
+        (lambda weights: weights.update({"base_model.model.lm_head.weight": torch.ones(2)}), "no LoRA weight"),
+        (lambda weights: next(iter(weights.values())).fill_(torch.nan), "not finite"),
+        (
+            lambda weights: weights.update(
+                {f"base_model.model.lm_head.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+            ),
+            "lm_head, which is no inner linear",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, reason, adapter) -> None:
+    """trl#4416, peft#2892: an empty adapter was saved, and served."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    refused(adapter, reason)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter) -> None:
+    refused(adapter, "does not fit this base", tiny.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=3))
+    refused(adapter, "no inner linear layer of this base", gpt2())
+
+
+def test_damaged_and_missing_files_are_sentences(adapter, tmp_path) -> None:
+    refused(tmp_path, "holds no adapter_config.json")
+    (adapter / "adapter_model.safetensors").write_bytes(b"hello")
+    refused(adapter, "damaged")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(adapter, "holds no adapter_model.safetensors")
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    refused(adapter, "pickled")
+    (adapter / "adapter_config.json").write_text("{")
+    refused(adapter, "cannot be read")
+    (adapter / "adapter_config.json").write_text("[]")
+    refused(adapter, "of type None")
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write here"):
+        save_adapter(trained(tiny.llama(), Adapter()), "t", tmp_path / "file" / "a", Adapter(), "b")
+
+
+@pytest.mark.base
+def test_peft_finds_the_same_logits_on_the_real_base(base, tmp_path) -> None:
+    section = Adapter(rank=16)
+    model = load_base(str(base)).model
+    reference = copy.deepcopy(model)
+    lora = wrap(model)
+    add_new_adapter(lora, "t", section, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in lora.parameters("t"):
+        if "lora_B" in name:
+            weight.data = 0.01 * torch.randn(weight.shape, generator=generator)
+    save_adapter(lora, "t", tmp_path, section, "smollm2-135m-instruct")
+    ours, plain = logits(lora, "t"), logits(lora, None)
+    theirs = PeftModel.from_pretrained(reference, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, ours, rtol=1e-4, atol=1e-3)
+    assert (ours - plain).abs().max() > 0.1
