@@ -22,12 +22,13 @@ from tunesmith.errors import InterruptedRun, RefusedError
 from tunesmith.lineage import lineage_of, refuse_changed
 from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
+from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
 from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from tunesmith.train.estimate import memory_limit, token_budget
+from tunesmith.train.estimate import estimate, memory_limit, token_budget
 from tunesmith.train.forward import Body
 from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, train
 from tunesmith.train.losses import sft
@@ -51,13 +52,14 @@ class Trainable:
     save: Callable[[Run], None]
 
 
-def fit(ready: Prepared, trainable: Trainable, run: Run, *, resume: bool, reporter: Reporter) -> None:
+def fit(ready: Prepared, trainable: Trainable, plan: Plan, run: Run, *, resume: bool, reporter: Reporter) -> None:
     """Train and leave `adapter/` (or `model/`). Raises InterruptedRun, after saving, when a signal asked to stop."""
     lineage = lineage_of(ready)
     if resume and run.lineage.exists():
         refuse_changed(run, lineage)
     write_text(run.recipe, ready.recipe.to_yaml())
     write_json(run.lineage, lineage)
+    write_json(run.plan, plan.to_json())
     show_first(ready, reporter)
     settings, steps = ready.recipe.train, step_plan(ready, trainable.layout)
     state = load_newest(run.checkpoints) if resume else None
@@ -89,6 +91,13 @@ def fit(ready: Prepared, trainable: Trainable, run: Run, *, resume: bool, report
     if settings.patience is not None:
         _restore_best(run, result.progress, trainable, reporter)
     trainable.save(run)
+    record_actual(run, plan)
+
+
+def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
+    """What training will take, measured on this machine for a few seconds."""
+    steps = step_plan(ready, trainable.layout)
+    return Plan(estimate(trainable.body, trainable.parameters, steps, sft, limit=trainable.memory_limit))
 
 
 def step_plan(ready: Prepared, layout: Layout) -> StepPlan:

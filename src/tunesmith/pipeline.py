@@ -6,68 +6,99 @@ nothing of the engine and `proof` nothing of the loop: they meet here.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tunesmith.data.batches import Layout
-from tunesmith.data.checks import DataReport, gate
+from tunesmith.data.checks import check as check_rows
+from tunesmith.data.checks import gate
 from tunesmith.data.fix import write_fixed
 from tunesmith.data.look import show_rows
+from tunesmith.data.report import DataReport
+from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.fitting import TUNED, fit
+from tunesmith.fitting import TUNED, fit, make_trainable, plan_run
 from tunesmith.home import home
+from tunesmith.models.catalogue import on_disk
 from tunesmith.models.folders import file_hash
+from tunesmith.models.loading import load_base
+from tunesmith.models.lora import wrap
+from tunesmith.models.merge import merge
+from tunesmith.models.peft_format import load_adapter
+from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
 from tunesmith.progress import Reporter
+from tunesmith.prove.answering import Weights
 from tunesmith.prove.card import write_card
+from tunesmith.prove.compare import Comparison, compare_reports
 from tunesmith.prove.page import write_page
-from tunesmith.prove.proving import Options, Voices, Weights, prove_items
-from tunesmith.prove.report import Report, report_from_items
+from tunesmith.prove.proving import Options, Voices, prove_items
+from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, create_run, find_run, read_json, read_metrics, refuse_taken, write_json
 
 
 def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: Reporter | None = None) -> DataReport:
-    """The data gate. `fix` writes a cleaned copy there; `show` shows that many rows as the model sees them."""
+    """The data gate. `fix` writes a cleaned copy there; `show` shows that many rows as the model sees them.
+
+    Rules that need the base's tokenizer are left out, and it is said, where the base isn't on this machine.
+    """
     reporter = reporter or Reporter()
     renderer = renderer_on_disk(recipe)
     if renderer is None:
-        reporter.say(f"{recipe.base.model} is not on this machine: rules that need its tokenizer are left out")
-    report = gate(recipe.data, renderer)
+        pull = f"tunesmith models pull {recipe.base.model}"
+        reporter.say(f"rules about tokens are left out: the base is not on this machine (`{pull}` fetches it)")
+    report = gate(recipe.data, renderer, limit=recipe.data.max_seq_len, say=reporter.say)
     if fix is not None:
         reporter.say(write_fixed(report, fix))
-    if show and renderer is not None:
-        reporter.show(show_rows(report.split.train, renderer, show))
+    if show:
+        if renderer is None:
+            raise InputError(
+                f"--show needs the base's tokenizer; fetch it with `tunesmith models pull {recipe.base.model}`"
+            )
+        reporter.show(show_rows(report.split.train, renderer, show, recipe.data.train_on))
     return report
 
 
+def plan(recipe: Recipe, *, reporter: Reporter | None = None) -> Plan:
+    """What the run will take, from its rows and a few seconds of measuring on this machine."""
+    reporter = reporter or Reporter()
+    ready, _ = _prepare(recipe, reporter)
+    return plan_run(ready, make_trainable(ready, reporter))
+
+
 def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, reporter: Reporter | None = None) -> Run:
-    """Gate, then train; leaves an adapter in the run's folder. Raises RefusedError where the gate blocks."""
+    """Gate, plan, then train; leaves an adapter in the run's folder ($TUNESMITH_HOME/runs/NAME by default).
+
+    Raises InputError for bad input (nothing is left behind then), RefusedError where the gate or the plan says no, and
+    InterruptedRun after a signal.
+    """
     reporter = reporter or Reporter()
     place = folder or home() / "runs" / recipe.name
     refuse_taken(place, resume=resume)
-    if recipe.runtime.threads != "auto":
-        torch.set_num_threads(recipe.runtime.threads)
-    rows = read_and_split(recipe, reporter.say)
-    ready = prepare(recipe, rows, reporter)
+    ready, report = _prepare(recipe, reporter)
+    trainable = make_trainable(ready, reporter)
+    planned = plan_run(ready, trainable)
+    reporter.say(planned.sentence())
+    if not planned.fits:
+        raise RefusedError(planned.refusal(), gate="plan")
     run = create_run(place, resume=resume)
-    fit(ready, run, resume=resume, layout=Layout(token_budget=4096), reporter=reporter)
+    write_json(run.data_report, report.to_json())
+    fit(ready, trainable, planned, run, resume=resume, reporter=reporter)
     return run
 
 
 def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | None = None) -> Report:
-    """The ladder of contenders on the run's held-out rows. `from_items` computes all numbers from items.jsonl again."""
+    """The ladder of contenders on a run's held-out rows. `from_items`: every number again from items.jsonl alone."""
     reporter = reporter or Reporter()
     run = find_run(str(name))
     if from_items:
         report = report_from_items(run.items)
+        write_report(report, run.report)
     else:
-        report = _prove(run, Recipe.load(run.recipe), reporter)
+        report = _prove(run, reporter)
     write_page(run, report)
     write_card(run, report)
     reporter.say(f"report:  {run.page}\nadapter: {run.tuned()}")
@@ -76,42 +107,82 @@ def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | No
 
 def run(
     recipe: Recipe, folder: Path | None = None, *, resume: bool = False, reporter: Reporter | None = None
-) -> Report:
-    """The main job: check, plan, train, prove, card."""
+) -> Report | Run:
+    """The main job: check, plan, train, prove, card. Where nothing is held out there is nothing to prove: the run."""
+    reporter = reporter or Reporter()
     done = train(recipe, folder, resume=resume, reporter=reporter)
+    if recipe.data.held_out == 0:
+        reporter.say("data.held_out is 0: everything was trained on, so there is nothing to prove")
+        return done
     return prove(done.folder, reporter=reporter)
 
 
+def compare(a: str, b: str) -> Comparison:
+    """Two proved runs side by side, paired on the items both answered."""
+    reports = [report_from_items(find_run(name).items) for name in (a, b)]
+    return compare_reports(*reports, names=(a, b))
+
+
 def export(name: str | Path, out: Path, *, to: str) -> Path:
-    """Write a run's result for others: `peft` its adapter, `merged` the base with the adapter merged in."""
-    raise InputError(f"{to}")
-
-
-def _prove(run: Run, recipe: Recipe, reporter: Reporter) -> Report:
+    """Write a run's result for others: `peft` the adapter, `merged` a model in Hugging Face layout."""
+    run = find_run(str(name))
     tuned = run.tuned()
-    rows = read_and_split(recipe, lambda _: None)
-    lineage = read_json(run.lineage)
-    if rows.hash != lineage["split_hash"]:
-        raise InputError(
-            "the data changed since this run was trained, so its held-out rows are not known", file=run.folder
+    if to not in ("peft", "merged"):
+        raise InputError(f'--to "{to}" is not known; it is peft or merged')
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError("there is something here already; name a new or empty folder", file=out)
+    if to == "peft" or tuned == run.model:
+        if to == "peft" and tuned == run.model:
+            raise InputError(
+                "this run tuned every weight, so there is no adapter; export it --to merged", file=run.folder
+            )
+        shutil.copytree(tuned, out, dirs_exist_ok=True)
+        return out
+    recipe = Recipe.load(run.recipe)
+    base = load_base(recipe.base.model, revision=recipe.base.revision, dtype=recipe.base.dtype, device="cpu")
+    lora = wrap(base.model)
+    load_adapter(lora, TUNED, tuned)
+    merge(lora, TUNED).save_pretrained(out)
+    base.tokenizer.chat_template = read_json(run.lineage)["chat_template"]
+    base.tokenizer.save_pretrained(out)
+    return out
+
+
+def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
+    """Read, gate and tokenise. Raises RefusedError where the gate blocks."""
+    if recipe.runtime.threads != "auto":
+        torch.set_num_threads(recipe.runtime.threads)
+    reporter.stage("data")
+    rows = read_and_split(recipe, reporter.say)
+    if on_disk(recipe.base.model, recipe.base.revision) is None:
+        load_base(recipe.base.model, revision=recipe.base.revision)  # fetches it, and says so
+    report = check_rows(rows, recipe.data, renderer_on_disk(recipe), limit=recipe.data.max_seq_len)
+    reporter.show(report.render())
+    if report.blocked:
+        raise RefusedError(
+            f"{report.summary()}; `tunesmith check` shows the rows, and `--fix OUT` writes a cleaned copy", gate="data"
         )
-    reporter.stage(f"engine {recipe.base.model}")
-    whole = tuned == run.model
-    engine = Engine(recipe.base.model, adapters={} if whole else {TUNED: str(tuned)})
+    return prepare(recipe, rows, reporter), report
+
+
+def _prove(run: Run, reporter: Reporter) -> Report:
+    recipe, lineage, tuned = Recipe.load(run.recipe), read_json(run.lineage), run.tuned()
+    rows = read_and_split(recipe, lambda _: None)
+    if rows.hash != lineage["split_hash"]:
+        raise InputError("the data changed since this run was trained; train again to prove on it", file=run.folder)
+    reporter.stage(f"engine over {recipe.base.model}")
+    settings = {"revision": recipe.base.revision, "dtype": recipe.base.dtype, "device": recipe.runtime.device}
+    weights_hash = file_hash(sorted(tuned.glob("*.safetensors"))[0])
+    if tuned == run.model:
+        engine = Engine(recipe.base.model, **settings)
+        best = Weights(Engine(tuned, device=recipe.runtime.device), None, weights_hash)
+    else:
+        engine = Engine(recipe.base.model, {TUNED: tuned}, **settings)
+        best = Weights(engine, TUNED, weights_hash)
     base = Weights(engine, None, lineage["base_weights_hash"])
-    voices = Voices(
-        base,
-        engine.renderer,
-        engine.context_length,
-        {TUNED: Weights(Engine(str(tuned)) if whole else engine, None if whole else TUNED, _hash(tuned))},
-    )
-    seconds = sum(row.get("seconds", 0.0) for row in read_metrics(run))
-    schema = recipe.data.schema_file
     options = Options(
-        schema=json.loads(Path(schema).read_text(encoding="utf-8")) if schema else None, training_seconds=seconds
+        schema=None if recipe.data.schema_file is None else load_schema(recipe.data.schema_file).document,
+        training_seconds=sum(row.get("seconds", 0.0) for row in read_metrics(run)),
     )
+    voices = Voices(base, engine.renderer, engine.context_length, {TUNED: best})
     return prove_items(rows.held_out, rows.train, recipe, voices, run.folder, options, reporter)
-
-
-def _hash(tuned: Path) -> str:
-    return file_hash(next(iter(sorted(tuned.glob("*.safetensors")))))

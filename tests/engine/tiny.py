@@ -75,8 +75,10 @@ def rival(family: str) -> PreTrainedModel:
 class LetterRenderer:
     """Token ids as single characters; a message is its content's characters."""
 
-    stop_ids = frozenset({STOP})
     vocab_size = VOCABULARY
+
+    def __init__(self, stop: int = STOP) -> None:
+        self.stop_ids = frozenset({stop})
 
     def prompt_ids(self, messages: Sequence, tools: Sequence = ()) -> list[int]:
         return [2, *(ord(c) - 32 for message in messages for c in message["content"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -106,13 +107,16 @@ def test_a_killed_conversion_is_never_taken_for_a_whole_one(toy, home) -> None:
     assert not partial.exists()
 
 
-def test_a_conversion_cut_short_afterwards_is_made_anew(toy, home) -> None:
+def test_a_conversion_damaged_afterwards_is_made_anew(toy, home) -> None:
     first = resolve("toy-1b")
     weights = first.folder / "model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    for damaged in (whole[: len(whole) // 2], whole[:-1] + b"?"):
+        weights.write_bytes(damaged)
+        assert resolve("toy-1b") == first
+        assert weights.read_bytes() == whole
+    (first.folder / folders.MANIFEST).write_text("[]")
     assert resolve("toy-1b") == first
-    assert weights.read_bytes() == whole
 
 
 def test_two_at_once_make_one_conversion(tmp_path, capsys) -> None:
@@ -230,9 +234,12 @@ def test_a_files_hash_is_remembered_until_it_changes(tmp_path, monkeypatch) -> N
 
 
 def test_the_weights_hash_is_of_the_weights_alone(tmp_path) -> None:
+    """In `sha256sum`'s own notation, so that anybody can check it."""
     one, two, other = (tiny.save(tmp_path / name) for name in ("one", "two", "other"))
     (two / "README.md").write_text("hello")
     assert weights_hash(one) == weights_hash(two)
+    lines = f"{fetch.sha256_of(one / 'model.safetensors')}  model.safetensors\n"
+    assert weights_hash(one) == hashlib.sha256(lines.encode()).hexdigest()
     tiny.llama(vocab_size=256).save_pretrained(other)
     assert weights_hash(one) != weights_hash(other)
 

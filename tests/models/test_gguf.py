@@ -26,6 +26,7 @@ from transformers import (
 
 from tunesmith.chat.renderer import Renderer
 from tunesmith.errors import InputError
+from tunesmith.models import conversion
 from tunesmith.models.catalogue import resolve
 from tunesmith.models.conversion import narrowest
 from tunesmith.models.gguf import GGUFFile
@@ -111,6 +112,9 @@ def test_llama_31_rotation_is_recognised(tmp_path) -> None:
     [
         ({"llama__expert_count": 8}, "mixture of experts"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling of type yarn"),
+        ({"llama__rope__dimension_count": 4}, "a part of each head"),
+        ({"llama__attention__head_count": 0}, "describes no model|has shape"),
+        ({"llama__embedding_length": "many"}, "describes no model"),
         ({"llama__block_count": None}, "lacks llama.block_count"),
         ({"llama__block_count": 3}, "lacks the weight model.layers.2"),
         ({"llama__embedding_length": 64}, "has shape"),
@@ -168,6 +172,16 @@ def test_values_are_stored_in_the_smallest_type_that_is_exact(tmp_path) -> None:
     path = write_model(tmp_path / "m.gguf", random(llama()).half().float(), "llama")
     weights = load_file(resolve(str(path)).folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(conversion, "SHARD_BYTES", 20_000)
+    model = random(llama())
+    loaded = load_base(str(write_model(tmp_path / "m.gguf", model, "llama")))
+    assert len(list(loaded.folder.glob("model-*.safetensors"))) > 2
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits)
 
 
 def tokenizer_of(tmp_path: Path, **changes) -> AutoTokenizer:

@@ -14,6 +14,7 @@ from tunesmith.prove.answering import ReplyCache, Weights
 from tunesmith.prove.choice import choose
 from tunesmith.prove.contender import Prompted
 from tunesmith.prove.contenders import Bench, contender_names
+from tunesmith.prove.key_order import decoding_schema
 from tunesmith.prove.retrieval import Index, cut, read_knowledge
 from tunesmith.prove.scoring import choose_scorers
 from tunesmith.prove.shots import fixed_shots, similar_shots
@@ -72,10 +73,10 @@ def test_prompts_name_every_label_and_key_and_the_schema():
     rows, schema = json_rows(), {"type": "object", "required": ["name"]}
     for wording in wordings(detect_task(label_rows())):
         assert all(colour in wording.text for colour in COLOURS)
-    for wording in wordings(detect_task(rows)):
+    for wording in (*wordings(detect_task(rows)), *wordings(detect_task(rows, schema))[1:]):
         assert all(key in wording.text for key in ("name", "zip", "rare"))
         assert "word for word" in wording.text
-    assert json.dumps(schema) in wordings(detect_task(rows, schema))[0].text
+    assert json.dumps(schema, separators=(",", ":")) in wordings(detect_task(rows, schema))[0].text
 
 
 def test_a_systems_words_are_kept_and_a_template_without_system_turns_is_served():
@@ -245,3 +246,22 @@ def test_equal_variants_are_not_tried_further():
     choice = choose("x", variants, rows[:24], built.scorer, ReplyCache(None))
     assert choice.chosen == "one"
     assert [n for _, _, n in choice.tried] == [8, 8]
+
+
+def test_constrained_decoding_does_not_fight_the_order_of_keys():
+    schema = {
+        "type": "object",
+        "properties": {"a.b": {"type": "string"}, "c": {"type": "object", "properties": {"d": {}, "e": {}}}},
+        "required": ["c"],
+        "additionalProperties": False,
+    }
+    assert decoding_schema(schema, ['{"a.b": "x", "c": {"d": 1, "e": 2}}', '{"c": {}}', "no JSON"]) == schema
+    for answer in ('{"c": {}, "a.b": "x"}', '{"c": {"e": 1, "d": 2}}'):
+        assert decoding_schema(schema, [answer]) == {
+            "type": "object",
+            "patternProperties": {
+                r"^a\.b$": {"type": "string"},
+                "^c$": {"type": "object", "patternProperties": {"^d$": {}, "^e$": {}}},
+            },
+            "additionalProperties": False,
+        }

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data import wording
 from tunesmith.data.files import bare_suffix, text_lines
 from tunesmith.data.hub import PREFIX
 from tunesmith.data.report import DataReport
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.sources import read_rows
-from tunesmith.data.tokenize import count_rows
 from tunesmith.errors import InputError
 from tunesmith.types import Source
 
@@ -55,8 +55,8 @@ def fix(report: DataReport, path: str, out: str | Path) -> list[str]:
         raise InputError(f"the cleaned copy cannot be written ({error.strerror})", file=out) from None
     finally:
         partial.unlink(missing_ok=True)
-    said = [f"{count_rows(range(count))} removed by {rule}" for rule, count in gone.most_common()]
-    return [*said, f"{count_rows(range(kept))} of {kept + gone.total():,} written to {out}; {path} is as it was"]
+    said = [f"{wording.count(count, 'row')} removed by {rule}" for rule, count in gone.most_common()]
+    return [*said, f"{wording.count(kept, 'row')} of {kept + gone.total():,} written to {out}; {path} is as it was"]
 
 
 def _refuse_target(path: str, out: Path) -> None:

@@ -190,7 +190,7 @@ def _refuse_missing(row: Row, format: Format) -> NoReturn:
     names = " and ".join(f'"{column}"' for column in lacking)
     found = ", ".join(f'"{name}"' for name in list(row.fields)[:8]) or "none"
     raise RowError(
-        f"the row has no {names}; a row of format {format} needs it (its columns: {found})",
+        f"the row has no {names}, which format {format} needs (its columns: {found}); add it, or remove the row",
         rule="no-answer",
         source=row.source,
     )

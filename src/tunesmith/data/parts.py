@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 
 from tunesmith.types import Example, Message
@@ -68,12 +67,13 @@ def distinct(examples: Sequence[Example]) -> list[Example]:
 def labels(examples: Sequence[Example]) -> list[str] | None:
     """Each example's answer, where the answers are a few short labels; None for any other task.
 
-    At most 200 labels of at most 60 characters (by the median), five rows a label on average.
+    At most 200 labels of at most 60 characters (by the median), and five different inputs a label on average.
     """
     answers = [answer_text(example).strip() for example in examples]
-    counts = Counter(answers)
-    if not 2 <= len(counts) <= min(MOST_LABELS, len(answers) / 5) or "" in counts:
+    names = set(answers)
+    if not 2 <= len(names) <= MOST_LABELS or "" in names or any(name.startswith(("{", "[")) for name in names):
         return None
-    if statistics.median(map(len, answers)) > LONGEST_LABEL or any(a.startswith(("{", "[")) for a in counts):
+    different = {(input_text(example), answer) for example, answer in zip(examples, answers, strict=True)}
+    if len(different) < 5 * len(names) or statistics.median(map(len, answers)) > LONGEST_LABEL:
         return None
     return answers

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.data import wording
 from tunesmith.data.material import Note
 from tunesmith.data.split import Split
 from tunesmith.recipe import Data
@@ -20,7 +21,6 @@ STYLES = {  # worst first
     "warn": "yellow",
     "info": "cyan",
 }
-LINES_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DataReport:
         rules = dict.fromkeys(finding.rule for finding in self.findings if finding.severity == "block")
         warnings = sum(finding.severity == "warn" for finding in self.findings)
         start = f"blocked by {', '.join(rules)}" if rules else "the data may be trained on"
-        return f"{start}; {warnings} warning{'' if warnings == 1 else 's'}"
+        return f"{start}; {wording.count(warnings, 'warning')}"
 
     def render(self) -> Group:
         """For a terminal: counts in a line, findings in a table, the answer in a line."""
@@ -83,11 +83,7 @@ def place(finding: Finding) -> str:
     if finding.file is None:
         return ""
     name = finding.file.rsplit("/", 1)[-1]
-    if not finding.lines:
-        return name
-    shown = ", ".join(map(str, finding.lines[:LINES_SHOWN]))
-    more = f" and {len(finding.lines) - LINES_SHOWN:,} more" if len(finding.lines) > LINES_SHOWN else ""
-    return f"{name} line{'' if len(finding.lines) == 1 else 's'} {shown}{more}"
+    return f"{name} {wording.lines(finding.lines)}" if finding.lines else name
 
 
 def make_report(

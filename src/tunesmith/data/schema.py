@@ -25,6 +25,7 @@ class Schema:
             kind.check_schema(document)
         except jsonschema.SchemaError as error:
             raise ValueError(error.message) from None
+        self.document: dict[str, Any] = document
         self._validator = kind(document, registry=Registry())
         self._unresolvable = Unresolvable
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from tunesmith.data import wording
 from tunesmith.data.parts import STANDING_ROLES
 from tunesmith.errors import InputError
 from tunesmith.recipe import Data
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from tunesmith.chat.renderer import Renderer, TrainOn
 
 Rendered = tuple[Sequence[int], Sequence[float]]  # ids and weights
-LINES_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class Tokenized:
         """What the person must be told: nothing where no row was over the limit."""
         said = []
         if self.dropped:
-            said.append(f"{count_rows(self.dropped)} longer than {limit} tokens were left out: {places(self.dropped)}")
+            left_out = wording.rows(self.dropped)
+            said.append(f"{left_out} longer than {limit} tokens were left out: {wording.places(self.dropped)}")
         if self.truncated:
             lost = f"; {self.lost_answers} earlier answers went with their questions" if self.lost_answers else ""
             said.append(
-                f"{count_rows(self.truncated)} longer than {limit} tokens lost the start of what is asked, "
-                f"never the answer{lost}: {places(self.truncated)}"
+                f"{wording.rows(self.truncated)} longer than {limit} tokens lost the start of what is asked, "
+                f"never the answer{lost}: {wording.places(self.truncated)}"
             )
         return said
 
@@ -181,7 +182,7 @@ def _refuse_too_long(rows: list[tuple[Source, int]], limit: int) -> None:
     if not rows:
         return
     source, length = rows[0]
-    more = f" ({len(rows)} rows are over it: {places([row for row, _ in rows])})" if len(rows) > 1 else ""
+    more = f" ({len(rows)} rows are over it: {wording.places([row for row, _ in rows])})" if len(rows) > 1 else ""
     raise InputError(
         f"the row has {length} tokens and the limit is {limit}{more}; shorten it, raise max_seq_len, "
         "or set on_long to drop or truncate",
@@ -196,21 +197,8 @@ def _refuse_untaught(examples: Sequence[Example], found: list[TokenizedExample],
     idle = [each.source for each in examples if each.id not in taught and each.source not in dropped]
     if idle:
         raise InputError(
-            f"no token of the row would be trained on ({count_rows(idle)} in all: {places(idle)}); give an assistant "
-            "message weight 1, or remove the row",
+            f"no token of the row would be trained on ({wording.rows(idle)} in all: {wording.places(idle)}); "
+            "give an assistant message weight 1, or remove the row",
             file=idle[0].file,
             line=idle[0].line,
         )
-
-
-def count_rows(rows: Sequence[object]) -> str:
-    """`1 row`, `1,200 rows`."""
-    return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}"
-
-
-def places(sources: Sequence[Source]) -> str:
-    """The first few lines, by file: `a.jsonl lines 3, 7 and 12 more`."""
-    first = sources[0].file
-    lines = [str(source.line) for source in sources if source.file == first][:LINES_NAMED]
-    more = f" and {len(sources) - len(lines):,} more" if len(sources) > len(lines) else ""
-    return f"{first} line{'' if len(lines) == 1 else 's'} {', '.join(lines)}{more}"

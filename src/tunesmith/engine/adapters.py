@@ -21,7 +21,7 @@ class Adapters:
     def add(self, name: str, folder: Path) -> None:
         """Load an adapter under a new name. Raises InputError."""
         if name in self._keys or self._carried(name):
-            raise InputError(f'there is an adapter "{name}" already; remove it first or choose another name')
+            raise InputError(f'there is already an adapter "{name}"; remove it first or choose another name')
         load_adapter(self._lora, name, folder)
         self._keys[name] = next(self._numbers)
 

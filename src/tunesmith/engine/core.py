@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tunesmith.engine.attention import Below, CacheContext, Span
+from tunesmith.engine.body import Body, PackedHead, PlainBody, Segment, packed_body
 from tunesmith.engine.cache import KvSpec, LayerShape, Node
 from tunesmith.engine.generation import Generation
 from tunesmith.engine.request import BusyError
@@ -15,24 +17,39 @@ from tunesmith.engine.sampling import choose
 from tunesmith.engine.scheduler import Chunk, Plan, Scheduler
 from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import run_body
-from tunesmith.tree.heads import Head, head_of
+from tunesmith.tree.heads import head_of
 
-Segment = tuple[str, int, int]
 SCORED_AT_ONCE = 64  # rows of logits that exist at a time while scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an engine may take. `packed`: a second copy of the base's weights, laid out for speed, where it has one."""
+
+    memory_limit: int  # bytes of keys and values
+    max_batch: int = 64  # sequences in one step
+    step_tokens: int = 256  # tokens in one step; more prompt tokens at once are hardly faster, but make decoding wait
+    max_waiting: int = 4096  # sequences in the queue
+    packed: bool = True
 
 
 class Core:
     """Runs generations over one model. Not for several threads at once: the caller locks."""
 
-    def __init__(
-        self, lora: LoraModel, *, memory_limit: int, max_batch: int, step_tokens: int, max_waiting: int
-    ) -> None:
-        self.lora, self.model = lora, lora.model
-        self.device = self.model.device
-        self.head: Head = head_of(self.model)
-        self.max_waiting = max_waiting
+    def __init__(self, lora: LoraModel, settings: Settings) -> None:
+        self.device = lora.model.device
+        self.settings = settings
+        spec = kv_spec(lora)
+        head = head_of(lora.model)
+        self.vocabulary = head.weight.shape[0]
+        body = packed_body(lora, spec) if settings.packed else None
+        self._body: Body = body or PlainBody(lora)
+        self._head = PackedHead(head) if body is not None else head
         self.scheduler = Scheduler(
-            kv_spec(lora), memory_limit=memory_limit, max_batch=max_batch, step_tokens=step_tokens
+            spec,
+            memory_limit=settings.memory_limit,
+            max_batch=settings.max_batch,
+            step_tokens=settings.step_tokens,
         )
 
     @property
@@ -46,8 +63,8 @@ class Core:
 
     def submit(self, generation: Generation) -> None:
         """Put a generation in the queue. Raises BusyError where it is full."""
-        if len(self.scheduler.waiting) >= self.max_waiting:
-            raise BusyError(f"{self.max_waiting} requests are waiting already; ask again later")
+        if len(self.scheduler.waiting) >= self.settings.max_waiting:
+            raise BusyError(f"{self.settings.max_waiting} requests are waiting already; ask again later")
         self.scheduler.waiting.append(generation)
 
     def cancel(self, generation: Generation) -> None:
@@ -88,7 +105,7 @@ class Core:
                 ends.append(row - 1)
                 ready.append(generation)
         if ready:
-            logits = self.head.logits(hidden[ends]).float()
+            logits = self._head.logits(hidden[ends]).float()
             for generation, choice in zip(ready, choose(logits, ready), strict=True):
                 generation.take(choice)
         for generation in dict.fromkeys(chunk.generation for chunk in chunks):
@@ -100,11 +117,7 @@ class Core:
         chunks = plan.chunks
         ids = torch.tensor([t for c in chunks for t in c.generation.slice(c.start, c.stop)], device=self.device)
         positions = torch.tensor([p for c in chunks for p in range(c.start, c.stop)], device=self.device)
-        self.lora.routing.segments = _segments(chunks)
-        try:
-            return run_body(self.model, ids, positions, self._context(plan, positions))
-        finally:
-            self.lora.routing.segments = ()
+        return self._body(ids, positions, self._context(plan, positions), _segments(chunks))
 
     def _context(self, plan: Plan, positions: Tensor) -> CacheContext:
         spans: list[Span] = []
@@ -141,7 +154,7 @@ class Core:
         for done in range(0, len(targets), SCORED_AT_ONCE):
             some = torch.tensor(targets[done : done + SCORED_AT_ONCE], device=self.device)
             rows = hidden[first - chunk.start + done :][: len(some)]
-            logprobs = torch.log_softmax(self.head.logits(rows).float(), -1)
+            logprobs = torch.log_softmax(self._head.logits(rows).float(), -1)
             generation.scores += logprobs[torch.arange(len(some)), some].tolist()
         if chunk.stop == generation.length:
             generation.finish_reason = "stop"

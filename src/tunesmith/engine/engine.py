@@ -21,7 +21,7 @@ from tunesmith.chat.renderer import Renderer
 from tunesmith.engine.adapters import Adapters
 from tunesmith.engine.completer import Completer, Limits, PromptRenderer
 from tunesmith.engine.constraint import Grammars
-from tunesmith.engine.core import Core
+from tunesmith.engine.core import Core, Settings
 from tunesmith.engine.generation import Generation
 from tunesmith.engine.pending import Pending
 from tunesmith.engine.request import Answer, Delta, Request
@@ -31,8 +31,6 @@ from tunesmith.models.lora import LoraModel, wrap
 from tunesmith.tree.body import prepare
 
 MAX_BATCH = 64  # sequences in one step
-STEP_TOKENS = 256  # tokens in one step; more prompt tokens at once are hardly faster, but make decoding wait
-MAX_WAITING = 4096  # sequences in the queue
 AT_ONCE = 256  # requests of one call that are in the engine at a time
 
 
@@ -67,7 +65,8 @@ class Engine:
         """
         base = load_base(str(model), revision=revision, dtype=dtype, device=device)
         renderer = Renderer.from_tokenizer(base.tokenizer, default_system=system, stop_ids=base.stop_ids)
-        self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, memory_limit, max_batch)
+        settings = Settings(memory_limit or default_memory_limit(), max_batch)
+        self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, settings)
         for name, folder in (adapters or {}).items():
             self.add_adapter(name, folder)
 
@@ -82,14 +81,17 @@ class Engine:
         name: str = "model",
         memory_limit: int | None = None,
         max_batch: int = MAX_BATCH,
+        packed: bool = False,
     ) -> Engine:
         """An engine over a model in memory, nothing copied: training evaluates with it. `tokenizer` is for grammars.
 
-        The adapters it carries answer by their names, with the weights they have when asked: every call of `generate`,
+        `packed` makes the copy of the base's weights that answers faster; the base itself must not change then. The
+        adapters it carries answer by their names, with the weights they have when asked: every call of `generate`,
         `stream` or `logprobs` starts with an empty cache.
         """
         engine = cls.__new__(cls)
-        engine._start(lora, renderer, tokenizer, context_length, name, memory_limit, max_batch)
+        settings = Settings(memory_limit or default_memory_limit(), max_batch, packed=packed)
+        engine._start(lora, renderer, tokenizer, context_length, name, settings)
         engine._live = True
         return engine
 
@@ -100,8 +102,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None,
         context_length: int,
         name: str,
-        memory_limit: int | None,
-        max_batch: int,
+        settings: Settings,
     ) -> None:
         abilities = prepare(lora.model)
         if not abilities.share:
@@ -109,15 +110,9 @@ class Engine:
         self.renderer, self.context_length, self.name = renderer, context_length, name
         self._live = False
         self._lock = threading.Lock()
-        self._core = Core(
-            lora,
-            memory_limit=memory_limit or default_memory_limit(),
-            max_batch=max_batch,
-            step_tokens=STEP_TOKENS,
-            max_waiting=MAX_WAITING,
-        )
+        self._core = Core(lora, settings)
         self._adapters = Adapters(lora, name)
-        vocabulary = self._core.head.weight.shape[0]
+        vocabulary = self._core.vocabulary
         grammars = Grammars(tokenizer, renderer.stop_ids, vocabulary)
         self._completer = Completer(renderer, Limits(context_length, vocabulary), grammars)
 

@@ -164,6 +164,7 @@ def _resolve_entry(entry: CatalogueEntry) -> Resolved:
         refuse_if_offline(what)
         with (
             locked(folder),
+            writing(folder.parent),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".partial-{folder.name}-") as scratch,
         ):
             if not is_whole(folder):  # another process may have made it while this one waited

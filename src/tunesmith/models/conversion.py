@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from tunesmith.errors import InputError
 from tunesmith.models.fetch import readable_size, sha256_of, writing
-from tunesmith.models.folders import FORMAT, MANIFEST
+from tunesmith.models.folders import FORMAT, MANIFEST, remember_hash
 from tunesmith.models.gguf import REMEDY, GGUFFile, read_config, read_weights
 from tunesmith.models.gguf_tokenizer import read_tokenizer, stop_ids
 
@@ -35,21 +36,27 @@ def convert(source: Path, folder: Path, *, source_sha256: str) -> None:
         try:
             scratch.chmod(0o755)
             _write_model(file, scratch)
-            _write_manifest(scratch, {"file": source.name, "sha256": source_sha256})
+            hashes = _write_manifest(scratch, {"file": source.name, "sha256": source_sha256})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(scratch, folder)
+            for name, digest in hashes.items():
+                remember_hash(folder / name, digest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_model(file: GGUFFile, folder: Path) -> None:
     tokenizer = read_tokenizer(file)
-    facts = read_config(file)
-    config = AutoConfig.for_model(**facts)
+    try:
+        facts = read_config(file)
+        config = AutoConfig.for_model(**facts)
+        expected = _expected_shapes(config)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"its metadata describes no model ({reason}); fetch it again", file=file.path) from None
     stops = stop_ids(file)
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    expected = _expected_shapes(config)
     _check_space(folder, 4 * sum(math.prod(shape) for shape in expected.values()))
     found = _write_weights(file, facts, expected, folder)
     if missing := sorted(set(expected) - found):
@@ -131,8 +138,8 @@ def narrowest(values: Tensor) -> Tensor:
     return values
 
 
-def _write_manifest(folder: Path, source: dict[str, str]) -> None:
-    """Sync every file, then say what there is. Written last: a folder without it isn't whole."""
+def _write_manifest(folder: Path, source: dict[str, str]) -> dict[str, str]:
+    """Sync every file, then say what there is; a folder without this isn't whole. -> SHA-256 by name"""
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors creates its files for the owner alone
@@ -142,6 +149,7 @@ def _write_manifest(folder: Path, source: dict[str, str]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
+    return {name: facts["sha256"] for name, facts in files.items()}
 
 
 def _sync(path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +27,17 @@ FORMAT = 1  # raise it when a conversion's content changes; older ones are then 
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a conversion was finished and still has all its files at their full size."""
-    manifest = read_manifest(folder)
-    if manifest is None or manifest["format"] != FORMAT:
-        return False
-    sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a conversion says about itself, or None where there is no readable one."""
+    """Whether a conversion was finished and its files are still what was written."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return False
+        return all(
+            (folder / name).stat().st_size == facts["bytes"] and file_hash(folder / name) == facts["sha256"]
+            for name, facts in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # no manifest, a broken one, or a file of it is gone
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder.parent / f".{folder.name}.lock")
         lock.acquire()
     try:
-        for leftover in folder.parent.glob(f".partial-{folder.name}-*"):
+        for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
@@ -90,31 +89,38 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 over the `sha256sum` lines of the weights files: `<hash>  <name>\\n`, in order of name."""
-    manifest = read_manifest(folder)
-    known = {} if manifest is None else manifest["files"]
-    lines = [
-        f"{known[path.name]['sha256'] if path.name in known else file_hash(path)}  {path.name}\n"
-        for path in weight_files(folder)
-    ]
+    lines = [f"{file_hash(path)}  {path.name}\n" for path in weight_files(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
     """A file's SHA-256, remembered in $TUNESMITH_HOME until its size, times or inode change."""
-    facts = path.stat()
-    # The change time cannot be set by a program, so a file rewritten with its old size and date is still noticed.
-    state = [str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
-    remembered = home() / "models" / ".hashes" / hashlib.sha256(state[0].encode()).hexdigest()[:32]
     try:
-        entry = json.loads(remembered.read_text(encoding="utf-8"))
-        if entry["state"] == state:
+        entry = json.loads(_memory_of(path).read_text(encoding="utf-8"))
+        if entry["state"] == _state(path):
             return entry["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not remembered, or not readable: hash it
     digest = sha256_of(path)
-    with contextlib.suppress(OSError):  # a home that cannot be written only costs time
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        partial = remembered.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"state": state, "sha256": digest}), encoding="utf-8")
-        os.replace(partial, remembered)
+    remember_hash(path, digest)
     return digest
+
+
+def remember_hash(path: Path, digest: str) -> None:
+    """Note a file's SHA-256; a home that cannot be written only costs the time to hash it again."""
+    memory = _memory_of(path)
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        partial.write_text(json.dumps({"state": _state(path), "sha256": digest}), encoding="utf-8")
+        os.replace(partial, memory)
+
+
+def _state(path: Path) -> list[Any]:
+    """What changes when a file does. A program cannot set the change time, so an old date set back is noticed."""
+    facts = path.stat()
+    return [str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+
+
+def _memory_of(path: Path) -> Path:
+    return home() / "models" / ".hashes" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]

@@ -80,8 +80,12 @@ def read_config(file: GGUFFile) -> dict[str, Any]:
     if architecture.states_head_dim:
         stated = file.about("attention.key_length") or file.about("rope.dimension_count")
         config["head_dim"] = stated or file.about("embedding_length") // file.about("attention.head_count")
+        if file.about("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+            raise InputError(f"it rotates a part of each head only; {REMEDY}", file=file.path)
     if theta := file.about("rope.freq_base"):
         config["rope_parameters"] = _rope(file, config, theta)
+    if "token_embd.weight" not in file.tensors:
+        raise InputError("the file lacks the weight token_embd.weight; fetch it again", file=file.path)
     config["vocab_size"] = int(file.tensors["token_embd.weight"].shape[1])
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     return config

@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -49,19 +51,73 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = (shape[0], shape[1]) if self.transposed else (shape[1], shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._learns_alone(x):
+            adapter = self.adapters[self.routing.segments[0][0]]
+            return _LoraProduct.apply(
+                x, self.base.weight, self.base.bias, adapter.a, adapter.b, adapter.scaling, self.transposed
+            )
         y = self.base(x)
         for name, start, stop in self.routing.segments:
             adapter = self.adapters.get(name)
             if adapter is None:
                 continue
             stop = min(stop, x.shape[-2])
-            rows = F.dropout(x[..., start:stop, :], adapter.dropout, self.training)
-            delta = F.linear(F.linear(rows, adapter.a), adapter.b) * adapter.scaling
+            rows = F.dropout(x[..., start:stop, :], adapter.dropout, self.training).to(adapter.a.dtype)
+            delta = (F.linear(F.linear(rows, adapter.a), adapter.b) * adapter.scaling).to(y.dtype)
             if stop - start == x.shape[-2]:
                 y = y + delta
             else:
                 y = torch.cat((y[..., :start, :], y[..., start:stop, :] + delta, y[..., stop:, :]), dim=-2)
         return y
+
+    def _learns_alone(self, x: Tensor) -> bool:
+        """A gradient is wanted, one adapter covers every row, and nothing stands between it and the plain formula."""
+        if not torch.is_grad_enabled() or len(self.routing.segments) != 1:
+            return False
+        name, start, stop = self.routing.segments[0]
+        adapter = self.adapters.get(name)
+        if adapter is None or start > 0 or stop < x.shape[-2] or not isinstance(self.base, nn.Linear | Conv1D):
+            return False
+        return not (adapter.dropout and self.training) and adapter.a.dtype == self.base.weight.dtype == x.dtype
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T with a backward that keeps only x and the thin product h = x A^T.
+
+    With g = s dy B:  dx = dy W + g A,  dA = g^T x,  dB = s dy^T h.  The base is frozen: W and bias get no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        transposed: bool,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        base = weight if transposed else weight.t()  # [in, out]
+        y = torch.mm(flat, base) if bias is None else torch.addmm(bias, flat, base)
+        thin = flat @ a.t()
+        y.addmm_(thin, b.t(), alpha=scaling)
+        ctx.save_for_backward(flat, weight, a, b, thin)
+        ctx.scaling, ctx.transposed, ctx.shape = scaling, transposed, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, thin = ctx.saved_tensors
+        dy = upstream[0].reshape(len(flat), -1)
+        g = (dy @ b).mul_(ctx.scaling)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ (weight.t() if ctx.transposed else weight)).addmm_(g, a).view(ctx.shape)
+        db = (thin.t() @ dy).t().mul(ctx.scaling)
+        return dx, None, None, g.t() @ flat, db, None, None
 
 
 @dataclass

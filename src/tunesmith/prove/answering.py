@@ -191,7 +191,8 @@ class ReplyCache:
                 whole += len(line)
                 try:
                     entry = json.loads(line)
-                    self._replies[entry.pop("key")] = Reply(**entry)
+                    key = entry.pop("key")
+                    self._replies[key] = Reply(**entry)
                 except (ValueError, KeyError, TypeError):
                     continue
         if whole < path.stat().st_size:  # or the next line would be glued to the torn one

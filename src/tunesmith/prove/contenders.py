@@ -25,6 +25,7 @@ from tunesmith.prove.choice import LOOKS, Choice, choose
 from tunesmith.prove.classifier import Classifier
 from tunesmith.prove.contender import Contender, Kind, Prompted
 from tunesmith.prove.endpoint import Endpoint, is_endpoint
+from tunesmith.prove.key_order import decoding_schema
 from tunesmith.prove.retrieval import Index, as_context, read_knowledge
 from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.shots import Shots, fixed_shots, similar_shots
@@ -111,6 +112,13 @@ class Bench:
         nearest = similar_shots(self.pool, PASSAGES)
         return lambda item: [f"{shot.question}\nAnswer: {shot.answer}" for shot in reversed(nearest(item))]
 
+    @cached_property
+    def decoding_schema(self) -> dict[str, Any] | None:
+        """data.schema as answers are held to it: with the keys in any order where the training rows' is another."""
+        if self.task.schema is None:
+            return None
+        return decoding_schema(self.task.schema, [row.expected or "" for row in self.pool])
+
     def build(self, name: str) -> Contender:
         """The contender of that name. Raises InputError for one that is unknown or can't be had here."""
         if is_endpoint(name):
@@ -118,7 +126,7 @@ class Bench:
         plain = name.removesuffix("+schema")
         if plain != name and self.task.schema is None:
             raise InputError(f'contender "{name}" decodes under data.schema, and the recipe names none')
-        schema = self.task.schema if plain != name else None
+        schema = self.decoding_schema if plain != name else None
         if plain in self.tuned and plain not in BUILT_IN:
             return self._tuned(name, "previous", self.model(self.tuned[plain], schema))
         base = self.model(self.base, schema)

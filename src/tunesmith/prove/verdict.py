@@ -3,11 +3,12 @@
 "Tuned arm" is a contender with the adapter, "alternative" any other that runs on the same base; the best alternative
 is the one with the highest mean, so the tune has to beat the strongest of them. In this order:
 
-1  too-few-items   fewer than 20 independent items, or undecided and nothing under 15 points could have been seen
-2  hold            no contender reaches 10 points: none does the job
-3  prompt|retrieve the best alternative is better, or the tune gains surely less than 5 points
-4  hold            better, but an earlier adapter is not beaten, or general behaviour was lost, or answers are missing
-5  ship            better than the best alternative: interval above 0, Holm-corrected p below 5%, 2 points or more
+1  too-few-items   fewer than 20 independent items
+2  hold            neither reaches 10 points: nobody does the job
+3  ship            better than the best alternative: interval above 0, Holm-corrected p below 5%, 2 points or more;
+   hold            but answers are missing, an earlier adapter is not beaten, or general behaviour was lost
+4  prompt|retrieve the best alternative is better, or the tune surely gains less than 5 points (hold for a classifier)
+5  too-few-items   undecided, and nothing under 15 points could have been seen
 6  hold            undecided otherwise
 """
 

@@ -94,21 +94,24 @@ def wordings(task: Task) -> list[Wording]:
 
 
 def _json_wordings(task: Task) -> list[Wording]:
+    """The schema written out (in the system turn only: it is long, and there the engine computes it once), else the
+    keys before or after the question; and a form to fill in.
+    """
     keys = task.keys[:MOST_KEYS]
-    if task.schema is not None:
-        form = f"It must satisfy this JSON Schema:\n{json.dumps(task.schema, ensure_ascii=False)}"
-    elif len(task.always) == len(task.keys):
-        form = f"Its keys, all of them required: {', '.join(keys)}."
-    else:
-        form = f"Use only these keys, and only those that apply: {', '.join(keys)}."
     copied = " Copy the values from the text, word for word." if task.copied else ""
-    full = f"Turn the user's text into one JSON object. {form}{copied}\nReply with the JSON object and nothing else."
+    only = "all of them required" if len(task.always) == len(task.keys) else "only those that apply"
+    by_keys = _as_json(f"Use these keys, {only}: {', '.join(keys)}.{copied}")
     blank = json.dumps(dict.fromkeys(keys, "..."), ensure_ascii=False)
-    shape = (
-        f"Fill in this JSON from the user's text and leave out the keys that do not apply.{copied}\n{blank}\nJSON only."
-    )
-    wordings = [Wording("keys", full), Wording("keys, last", full, after_question=True)]
-    return wordings if not keys else [*wordings, Wording("form", shape)]
+    by_form = f"Fill in this JSON from the user's text, {only}.{copied}\n{blank}\nReply with the JSON and nothing else."
+    if task.schema is None:
+        return [Wording("keys", by_keys), Wording("keys, last", by_keys, True), Wording("form", by_form)]
+    schema = json.dumps(task.schema, ensure_ascii=False, separators=(",", ":"))
+    by_schema = Wording("schema", _as_json(f"It must satisfy this JSON Schema:\n{schema}\n{copied.strip()}"))
+    return [by_schema, Wording("keys", by_keys), Wording("form", by_form)] if keys else [by_schema]
+
+
+def _as_json(form: str) -> str:
+    return f"Turn the user's text into one JSON object. {form}\nReply with the JSON object and nothing else."
 
 
 def _label_wordings(task: Task) -> list[Wording]:

@@ -97,7 +97,9 @@ class FusedBody:
     ) -> tuple[Tensor, PrefixCache | None]:
         attention = _TreeAttention(TreeContext(tree, prefix=prefix, record=record), self.layers)
         inputs = self.parameters + ([] if prefix is None else prefix.tensors())
-        hidden, *recorded = _FusedPass.apply(self.decoder, tree, rows, attention, *inputs)  # type: ignore[misc]
+        # autograd.Function does not say whether gradients are wanted: inside it they are always off.
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        hidden, *recorded = _FusedPass.apply(self.decoder, tree, rows, attention, keep, *inputs)  # type: ignore[misc]
         if not record:
             return hidden, None
         layers = len(self.layers)
@@ -165,10 +167,16 @@ class _FusedPass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, decoder: FusedDecoder, tree: TokenTree, rows: Tensor, attention: _TreeAttention, *inputs: Tensor
+        ctx: Any,
+        decoder: FusedDecoder,
+        tree: TokenTree,
+        rows: Tensor,
+        attention: _TreeAttention,
+        keep: bool,
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         ids, positions = torch.as_tensor(tree.input_ids), torch.as_tensor(tree.position_ids)
-        hidden, held = decoder.forward(ids, positions, attention, rows, keep=any(ctx.needs_input_grad))
+        hidden, held = decoder.forward(ids, positions, attention, rows, keep=keep)
         ctx.set_materialize_grads(False)
         ctx.decoder, ctx.held, ctx.attention, ctx.inputs = decoder, held, attention, inputs
         recorded = attention.context.recorded
@@ -187,4 +195,4 @@ class _FusedPass(torch.autograd.Function):
         prefix = [attention.prefix_grads.get(layer, (None, None)) for layer in range(layers)]
         by_prefix = [pair[side] for side in (0, 1) for pair in prefix] if attention.context.prefix is not None else []
         own = [grads.get(id(parameter)) for parameter in inputs[: len(inputs) - len(by_prefix)]]
-        return None, None, None, None, *own, *by_prefix
+        return None, None, None, None, None, *own, *by_prefix

@@ -29,7 +29,11 @@ class Head:
     softcap: float | None = None  # Gemma 2: softcap * tanh(logits / softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        out = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return self.finish(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def finish(self, out: Tensor) -> Tensor:
+        """What the model does to its logits after the product with the head's weight."""
+        out = out if self.scale == 1.0 else out * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
 

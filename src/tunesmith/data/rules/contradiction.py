@@ -6,9 +6,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
+from tunesmith.data import wording
 from tunesmith.data.material import Material, Note
 from tunesmith.data.private import quote
-from tunesmith.data.tokenize import count_rows
 
 LOWEST_CEILING = 0.8  # below it, where each input has one right answer, the data can't teach the task
 PAIRS_SHOWN = 3
@@ -23,7 +23,7 @@ def contradiction(material: Material) -> Iterator[Note]:
     ceiling = 1 - len(minority) / len(material.rows)
     sources = material.sources(sorted(n for group in groups for n in group))
     reason = (
-        f"{count_rows(sources)} have {len(groups):,} inputs that are answered in different ways, so exact match can "
+        f"{wording.rows(sources)} have {len(groups):,} inputs that are answered in different ways, so exact match can "
         f"reach {ceiling:.1%} at most: {_pairs(material, groups)}"
     )
     severity = "block" if ceiling < LOWEST_CEILING and _has_one_answer(material) else "warn"
@@ -40,7 +40,7 @@ def near_contradiction(material: Material) -> Iterator[Note]:
     ]
     if groups:
         sources = material.sources(sorted(n for group in groups for n in group))
-        reason = f"{count_rows(sources)} have nearly the same input but another label: {_pairs(material, groups)}"
+        reason = f"{wording.rows(sources)} have nearly the same input but another label: {_pairs(material, groups)}"
         yield Note("near-contradiction", "warn", reason, "look at these pairs and mend the wrong label", sources)
 
 

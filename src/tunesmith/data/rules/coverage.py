@@ -6,6 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from tunesmith.data import wording
 from tunesmith.data.material import Material, Note
 from tunesmith.data.minhash import split_words
 from tunesmith.data.private import quote
@@ -15,6 +18,7 @@ WANTED_EFFECT = 0.05
 POWER = 2.8  # normal quantiles of 97.5% and 80%: 1.96 + 0.84
 DISCORDANT = 0.25  # share of items on which two contenders are taken to differ
 APART = 0.2  # largest difference of two distribution functions, or of two labels' shares, that is let pass
+FEWEST = 20  # rows of a side below which a shift cannot be told from chance
 SAMPLED = 2_000  # rows of a side whose words are counted
 
 
@@ -68,10 +72,10 @@ def label_coverage(material: Material) -> Iterator[Note]:
     for side, there, here in sides:
         names = there.keys() - here.keys()
         if names:
-            reason = f"{len(names)} labels are {side}: {', '.join(map(quote, sorted(names)[:5]))}"
+            reason = f"{side}: {wording.count(len(names), 'label')}, {', '.join(map(quote, sorted(names)[:5]))}"
             yield Note("label-coverage", "warn", reason, "add rows of them", material.with_labels(names))
     gap = max(abs(train[name] / train.total() - held_out[name] / held_out.total()) for name in train | held_out)
-    if gap > APART:
+    if gap > APART and held_out.total() >= FEWEST:
         reason = f"a label's share differs by {100 * gap:.0f} points between training and held-out rows"
         yield Note("label-shift", "warn", reason, "draw both from the same source")
 
@@ -81,14 +85,16 @@ def length_shift(material: Material) -> Iterator[Note]:
     from scipy.stats import ks_2samp
 
     count = len(material.train)
+    numbers = sorted(set(np.unique(material.same, return_index=True)[1].tolist()))  # each distinct input once
     for what, texts in (("inputs", material.inputs), ("answers", material.answers)):
-        train, held_out = [len(text) for text in texts[:count]], [len(text) for text in texts[count:]]
-        if min(len(train), len(held_out)) < 20:
+        train = sorted(len(texts[n]) for n in numbers if n < count)
+        held_out = sorted(len(texts[n]) for n in numbers if n >= count)
+        if min(len(train), len(held_out)) < FEWEST:
             continue
         test = ks_2samp(train, held_out, method="asymp")
         if test.statistic > APART and test.pvalue < 1e-3:
-            a, b = sorted(train)[len(train) // 2], sorted(held_out)[len(held_out) // 2]
-            reason = f"held-out {what} have {b:,} characters by the median, those trained on {a:,}"
+            usual = [side[len(side) // 2] for side in (held_out, train)]
+            reason = f"held-out {what} have {usual[0]:,} characters by the median, those trained on {usual[1]:,}"
             yield Note("length-shift", "warn", reason, "draw both from the same source")
 
 
@@ -96,7 +102,7 @@ def vocabulary_shift(material: Material) -> Iterator[Note]:
     """Held-out words that are never trained on, beyond what holding out any rows would give."""
     count = len(material.train)
     train, held_out = _sampled(material.inputs[:count]), _sampled(material.inputs[count:])
-    if min(len(train), len(held_out)) < 20:
+    if min(len(train), len(held_out)) < FEWEST:
         return
     # What share of a row's words is new anyway: ask it of as many training rows about the others.
     aside = train[: min(len(held_out), len(train) // 2)]

@@ -10,9 +10,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from tunesmith.data import wording
 from tunesmith.data.material import Material, Note
 from tunesmith.data.schema import Schema
-from tunesmith.data.tokenize import count_rows
 from tunesmith.types import Example, Message, Source
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # read by the templates of reasoning models
@@ -30,7 +30,7 @@ def role_order(material: Material) -> Iterator[Note]:
         for fault in {*_order_faults(row.messages + row.chosen[:1])}:
             wrong[fault].append(row.source)
     for fault, sources in sorted(wrong.items()):
-        reason = f"{count_rows(sources)} with {fault}; many chat templates refuse that or print it wrongly"
+        reason = f"{wording.rows(sources)} with {fault}; many chat templates refuse that or print it wrongly"
         yield Note("role-order", "warn", reason, "join such turns, or mend their roles", sources)
 
 
@@ -59,7 +59,7 @@ def unknown_keys(material: Material) -> Iterator[Note]:
     for what, sources in sorted(strange.items()):
         rows = list(dict.fromkeys(sources))
         yield Note(
-            "unknown-keys", "warn", f"{count_rows(rows)} with {what}, which is not read", "rename or remove it", rows
+            "unknown-keys", "warn", f"{wording.rows(rows)} with {what}, which is not read", "rename or remove it", rows
         )
 
 
@@ -72,7 +72,7 @@ def empty_input(material: Material) -> Iterator[Note]:
     """A row that asks nothing."""
     sources = [row.source for row in material.rows if _asks_nothing(row)]
     if sources:
-        reason = f"{count_rows(sources)} ask nothing: there is no text before the answer"
+        reason = f"{wording.rows(sources)} ask nothing: there is no text before the answer"
         yield Note("empty-input", "warn", reason, "give them a question, or use format text", sources)
 
 
@@ -95,9 +95,9 @@ def tool_mismatch(material: Material) -> Iterator[Note]:
             wrong[fault].append(row.source)
     for fault, sources in sorted(wrong.items()):
         remedy = "mend the call, or declare the function as it is called"
-        yield Note("tool-mismatch", "block", f"{count_rows(sources)} with {fault}", remedy, sources, remove=sources)
+        yield Note("tool-mismatch", "block", f"{wording.rows(sources)} with {fault}", remedy, sources, remove=sources)
     if undeclared:
-        reason = f"{count_rows(undeclared)} call functions but declare no tools, so the prompt won't show them"
+        reason = f"{wording.rows(undeclared)} call functions but declare no tools, so the prompt won't show them"
         yield Note("tools-missing", "warn", reason, 'add the column "tools"', undeclared)
 
 

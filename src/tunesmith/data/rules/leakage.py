@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tunesmith.data import wording
 from tunesmith.data.likeness import normalise
 from tunesmith.data.material import Material, Note
 from tunesmith.data.minhash import Labels
 from tunesmith.data.private import quote
-from tunesmith.data.tokenize import count_rows
 
 NEAR_REMEDY = "remove them from the training file (--fix does), or let tunesmith hold rows out itself"
 
@@ -29,7 +29,7 @@ def duplicates(material: Material) -> Iterator[Note]:
     sources = material.sources(copies)
     leak = random_split_leak(material.same, _fraction(material))
     reason = (
-        f"{count_rows(sources)} of {len(material.rows):,} repeat an earlier row ({len(first):,} are distinct); "
+        f"{wording.rows(sources)} of {len(material.rows):,} repeat an earlier row ({len(first):,} are distinct); "
         f"a random split would leak {leak:.0%} of its held-out rows into training, this one keeps copies together"
     )
     remedy = "remove the copies (--fix does), or say by a weight that they should count more"
@@ -46,7 +46,7 @@ def near_duplicates(material: Material) -> Iterator[Note]:
     a, b = _two_that_differ(material, clusters[0])
     leak = random_split_leak(material.near, _fraction(material))
     reason = (
-        f"{count_rows(sources)} in {len(clusters):,} clusters of near-duplicates, such as {quote(material.inputs[a])} "
+        f"{wording.rows(sources)} in {len(clusters):,} near-duplicate clusters, such as {quote(material.inputs[a])} "
         f"and {quote(material.inputs[b])}; a random split would leak {leak:.0%} of its held-out rows"
     )
     yield Note("near-duplicates", "warn", reason, "keep one of each, or more varied rows", sources)
@@ -70,7 +70,7 @@ def split_leak(material: Material) -> Iterator[Note]:
         example, other = near[0], clusters[near_to[near[0]]]
         sources = material.sources(near)
         reason = (
-            f"{count_rows(sources)} trained on nearly equal a held-out row: {quote(material.inputs[example])} and, "
+            f"{wording.rows(sources)} trained on nearly equal a held-out row: {quote(material.inputs[example])} and, "
             f"held out at {material.rows[other].source}, {quote(material.inputs[other])}"
         )
         yield Note("near-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
@@ -84,7 +84,7 @@ def group_leak(material: Material) -> Iterator[Note]:
     held_out = {str(row.columns.get(column)) for row in material.held_out if row.columns.get(column) is not None}
     sources = [row.source for row in material.train if str(row.columns.get(column)) in held_out]
     if sources:
-        reason = f'{count_rows(sources)} trained on belong to a "{column}" that is also held out'
+        reason = f'{wording.rows(sources)} trained on belong to a "{column}" that is also held out'
         yield Note("group-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
 
 
@@ -93,7 +93,7 @@ def few_shot_leak(material: Material) -> Iterator[Note]:
     held_out = {row.id for row in material.held_out}
     sources = [row.source for row in material.few_shot if row.id in held_out]
     if sources:
-        reason = f"{count_rows(sources)} of the few-shot examples are held out"
+        reason = f"{wording.rows(sources)} of the few-shot examples are held out"
         yield Note("few-shot-leak", "block", reason, "draw few-shot examples from the training rows", sources)
 
 

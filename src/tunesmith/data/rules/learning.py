@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
+from tunesmith.data import wording
 from tunesmith.data.likeness import normalise
 from tunesmith.data.material import Material, Note
 from tunesmith.data.private import quote
-from tunesmith.data.tokenize import Rendered, count_rows, longest, render
+from tunesmith.data.tokenize import Rendered, longest, render
 from tunesmith.errors import InputError
 from tunesmith.types import Example, Message, Source
 
@@ -27,7 +28,7 @@ def no_supervised_token(material: Material) -> Iterator[Note]:
     last_only = material.data.train_on == "last"
     idle = [row.source for row in material.rows if row.kind == "chat" and not _trains(row, last_only)]
     if idle:
-        reason = f"{count_rows(idle)} train nothing: every assistant message that would be trained has weight 0"
+        reason = f"{wording.rows(idle)} train nothing: every assistant message that would be trained has weight 0"
         yield Note("no-supervised-token", "block", reason, "give one weight 1, or remove the row", idle, remove=idle)
 
 
@@ -58,7 +59,7 @@ def rendering(material: Material) -> Iterator[Note]:
     if refused:
         sources = [source for source, _ in refused]
         remedy = "mend the rows, or choose a base whose template takes them"
-        yield Note("template-refuses", "block", f"{count_rows(sources)} looked at: {refused[0][1]}", remedy, sources)
+        yield Note("template-refuses", "block", f"{wording.rows(sources)} looked at: {refused[0][1]}", remedy, sources)
 
 
 RENDERING: dict[str, tuple[Literal["block", "warn"], str, str]] = {
@@ -124,7 +125,7 @@ def over_limit(material: Material) -> Iterator[Note]:
     )
     more = "at least " if len(suspects) > MOST_LONG else ""
     sources = sorted((source for _, source in over), key=lambda source: (source.file, source.line))
-    reason = f"{more}{count_rows(sources)} are longer than {limit:,} tokens (the longest {max(over)[0]:,}); {what}"
+    reason = f"{more}{wording.rows(sources)} are longer than {limit:,} tokens (the longest {max(over)[0]:,}); {what}"
     severity = "block" if material.data.on_long == "error" else "warn"
     remedy = "shorten them, raise max_seq_len, or set on_long to drop or truncate"
     yield Note("over-limit", severity, reason, remedy, sources, remove=sources)

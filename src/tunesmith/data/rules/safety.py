@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from tunesmith.data import wording
 from tunesmith.data.material import Material, Note
 from tunesmith.data.private import mask, personal_data, secrets
-from tunesmith.data.tokenize import count_rows
 from tunesmith.types import Example, Source
 
 INJECTED = re.compile(
@@ -48,7 +48,7 @@ def private_data(material: Material) -> Iterator[Note]:
             names = ", ".join(f"{kind} ({count:,})" for kind, count in kinds[rule].most_common())
             remedy = "take them out: what a model is trained on it may say to anyone"
             removed = sources if rule == "secrets" else ()
-            yield Note(rule, "warn", f"{count_rows(sources)} hold {names}", remedy, sources, remove=removed)
+            yield Note(rule, "warn", f"{wording.rows(sources)} hold {names}", remedy, sources, remove=removed)
 
 
 def injected_instructions(material: Material) -> Iterator[Note]:
@@ -61,7 +61,7 @@ def injected_instructions(material: Material) -> Iterator[Note]:
             sources.append(row.source)
             shown = shown or mask(" ".join(hit.group().split()))
     if sources:
-        reason = f'{count_rows(sources)} hold text that looks like injected instructions, such as "{shown}"'
+        reason = f'{wording.rows(sources)} hold text that looks like injected instructions, such as "{shown}"'
         yield Note("injected-instructions", "warn", reason, "remove them unless that is the task", sources)
 
 
@@ -81,7 +81,7 @@ def control_tokens(material: Material) -> Iterator[Note]:
             marks.update(found)
     if sources:
         names = ", ".join(f'"{mark}"' for mark, _ in marks.most_common(5))
-        reason = f"{count_rows(sources)} hold marks of a chat template as text: {names}"
+        reason = f"{wording.rows(sources)} hold marks of a chat template as text: {names}"
         yield Note(
             "control-tokens", "warn", reason, "give plain messages; the base's template adds its own marks", sources
         )

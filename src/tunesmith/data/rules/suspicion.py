@@ -6,17 +6,21 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tunesmith.data import wording
 from tunesmith.data.likeness import uniform
 from tunesmith.data.material import Material, Note
+from tunesmith.data.minhash import split_words
 from tunesmith.data.private import quote
-from tunesmith.data.tokenize import count_rows
 
 FOLDS = 5
 FEWEST_ROWS, FEWEST_OF_A_LABEL = 100, 5
+MOST_ROWS = 30_000  # rows looked at, evenly chosen, each by its first characters
+MOST_CHARACTERS = 2_000
 MOST_TRAINED = 8_000  # rows a fold's classifier learns from
 WORTH_HEARING = 0.6  # accuracy below which the classifier's opinion says nothing about the labels
 FAR = 6.0  # robust standard deviations
@@ -34,56 +38,54 @@ def likely_wrong_label(material: Material) -> Iterator[Note]:
     counts = Counter(material.labels)
     names = sorted(label for label, count in counts.items() if count >= FEWEST_OF_A_LABEL)
     numbers = [n for n, label in enumerate(material.labels) if counts[label] >= FEWEST_OF_A_LABEL]
+    numbers = numbers[:: -(-len(numbers) // MOST_ROWS) or 1]
     if len(names) < 2:
         return
-    place = {name: i for i, name in enumerate(names)}
-    given = np.array([place[material.labels[n]] for n in numbers])
-    folds = np.array([int(FOLDS * _fold_key(material, n)) for n in numbers])
-    chances = _cross_validated([material.inputs[n] for n in numbers], given, folds, len(names))
-    if chances is None or (chances.argmax(1) == given).mean() < WORTH_HEARING:
+    given = np.array([names.index(material.labels[n]) for n in numbers])
+    chances = _cross_validated(material, numbers, given)
+    best, usual = chances.argmax(1), _average_of_own(chances, given)
+    if (best == given).mean() < WORTH_HEARING:
         return
-    usual = np.array([chances[given == label, label].mean() for label in range(len(names))])
-    best = chances.argmax(1)
     own = chances[np.arange(len(given)), given]
-    suspect = (best != given) & (chances.max(1) >= usual[best]) & (own < 0.5 * usual[given])
-    rows = np.flatnonzero(suspect)
-    if len(rows):
-        sources = material.sources([numbers[row] for row in rows.tolist()])
-        worst = int(rows[np.argmax(chances[rows, best[rows]])])
-        n = numbers[worst]
-        named, likely = names[given[worst]], names[best[worst]]
-        reason = (
-            f"{count_rows(sources)} whose label a simple classifier disputes, most of all {material.rows[n].source}: "
-            f"{quote(material.inputs[n])} is labelled {quote(named)} and looks like {quote(likely)} "
-            f"({chances[worst, best[worst]]:.0%})"
-        )
-        yield Note("likely-wrong-label", "warn", reason, "look at these rows and mend what is wrong", sources)
+    rows = np.flatnonzero((best != given) & (chances.max(1) >= usual[best]) & (own < 0.5 * usual[given])).tolist()
+    if not rows:
+        return
+    worst = max(rows, key=lambda row: chances[row, best[row]])
+    row, named, likely = material.rows[numbers[worst]], names[given[worst]], names[best[worst]]
+    reason = (
+        f"{wording.rows(rows)} whose label a simple classifier disputes, most of all {row.source}: "
+        f"{quote(material.inputs[numbers[worst]])} is labelled {quote(named)} and looks like {quote(likely)} "
+        f"({chances[worst, best[worst]]:.0%})"
+    )
+    sources = material.sources([numbers[row] for row in rows])
+    yield Note("likely-wrong-label", "warn", reason, "look at these rows and mend what is wrong", sources)
 
 
-def _fold_key(material: Material, number: int) -> float:
-    """Near-duplicates fall into one fold: a copy of a wrong row would defend it."""
-    return uniform(f"fold {material.near[number]}")
-
-
-def _cross_validated(
-    texts: Sequence[str], given: npt.NDArray[np.int64], folds: npt.NDArray[np.int64], count: int
-) -> npt.NDArray[np.float64] | None:
+def _cross_validated(material: Material, numbers: list[int], given: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Each row's probability of each label, by a classifier that has not seen it. [rows, labels]"""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    chances = np.zeros((len(texts), count))
+    options: dict[str, Any] = {"analyzer": split_words, "sublinear_tf": True, "min_df": 2, "max_features": 20_000}
+    features: Any = TfidfVectorizer(**options).fit_transform(
+        [material.inputs[n][:MOST_CHARACTERS].casefold() for n in numbers]
+    )
+    # Near-duplicates fall into one fold: a copy of a wrong row would defend it.
+    folds = np.array([int(FOLDS * uniform(f"fold {material.near[n]}")) for n in numbers])
+    chances = np.zeros((len(numbers), int(given.max()) + 1))
     for fold in range(FOLDS):
         inside, outside = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        outside = outside[:: max(1, -(-len(outside) // MOST_TRAINED))]
-        if not len(inside) or len(set(given[outside].tolist())) < 2:
-            return None
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=20_000, token_pattern=r"\S+")
-        learned = words.fit_transform([texts[i][:5_000] for i in outside.tolist()])
-        model = LogisticRegression(C=10.0, max_iter=100, tol=1e-3).fit(learned, given[outside])
-        asked = words.transform([texts[i][:5_000] for i in inside.tolist()])
-        chances[np.ix_(inside, model.classes_)] = model.predict_proba(asked)
+        outside = outside[:: -(-len(outside) // MOST_TRAINED) or 1]
+        if len(inside) and len(set(given[outside].tolist())) > 1:
+            model = LogisticRegression(C=10.0, max_iter=50, tol=1e-3).fit(features[outside], given[outside])
+            chances[np.ix_(inside, model.classes_)] = model.predict_proba(features[inside])
     return chances
+
+
+def _average_of_own(chances: npt.NDArray[np.float64], given: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """For each label, the average probability that its own rows get of it. [labels]"""
+    own = chances[np.arange(len(given)), given]
+    return np.bincount(given, own) / np.maximum(np.bincount(given), 1)
 
 
 def length_outlier(material: Material) -> Iterator[Note]:
@@ -96,7 +98,7 @@ def length_outlier(material: Material) -> Iterator[Note]:
             far = max(numbers, key=lambda n: abs(sizes[n] - middle))
             usual = round(math.expm1(statistics.median(sizes)))
             reason = (
-                f"{count_rows(numbers)} whose {what} is far from the usual {usual:,} characters, most of all line "
+                f"{wording.rows(numbers)} whose {what} is far from the usual {usual:,} characters, most of all line "
                 f"{material.rows[far].source.line} with {len(texts[far]):,}"
             )
             yield Note(
@@ -114,7 +116,7 @@ def loss_outlier(material: Material) -> Iterator[Note]:
     if high:
         worst = max(high, key=lambda i: losses[i])
         reason = (
-            f"{count_rows(high)} whose answer the base finds far less likely than the others', most of all line "
+            f"{wording.rows(high)} whose answer the base finds far less likely than the others', most of all line "
             f"{material.rows[measured[worst]].source.line} (loss {losses[worst]:.2f}, usually "
             f"{statistics.median(losses):.2f})"
         )

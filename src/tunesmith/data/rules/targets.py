@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+from tunesmith.data import wording
 from tunesmith.data.material import Material, Note
 from tunesmith.data.private import quote
 from tunesmith.data.schema import load_schema
-from tunesmith.data.tokenize import count_rows
 from tunesmith.errors import InputError
 
 RARE = 0.05  # what at most this share of the targets does is drift, where nearly all others do the same
@@ -38,7 +38,7 @@ def schema_invalid(material: Material) -> Iterator[Note]:
             wrong[fault].append(number)
     for fault, numbers in sorted(wrong.items()):
         sources = material.sources(numbers)
-        reason = f"{count_rows(sources)} whose target data.schema does not allow: {fault}"
+        reason = f"{wording.rows(sources)} whose target data.schema does not allow: {fault}"
         yield Note("schema-invalid", "block", reason, "mend the target or the schema", sources, remove=sources)
 
 
@@ -52,7 +52,7 @@ def json_drift(material: Material) -> Iterator[Note]:
     if others:
         sources = material.sources(others)
         reason = (
-            f"{count_rows(sources)} whose target is not a JSON object, as all others are: "
+            f"{wording.rows(sources)} whose target is not a JSON object, as all others are: "
             f"{quote(material.answers[others[0]])}"
         )
         yield Note("json-drift", "warn", reason, "write every target in one form", sources)
@@ -66,7 +66,7 @@ def _key_drift(material: Material, objects: dict[int, dict[str, Any]]) -> Iterat
     for key, count in sorted(counts.items()):
         if USUAL * len(objects) <= count < len(objects):
             sources = material.sources([n for n, value in objects.items() if key not in value])
-            reason = f'{count_rows(sources)} whose target lacks the key "{key}", which all others have'
+            reason = f'{wording.rows(sources)} whose target lacks the key "{key}", which all others have'
             yield Note("json-drift", "warn", reason, "add the key, or null where there is no value", sources)
         usual = [other for other in counts if counts[other] * RARE >= count]
         near = difflib.get_close_matches(_letters(key), [*map(_letters, usual)], n=1, cutoff=ALIKE)
@@ -76,7 +76,7 @@ def _key_drift(material: Material, objects: dict[int, dict[str, Any]]) -> Iterat
             if any(meant in objects[n] for n in holders):  # both in one target: two keys, not two spellings
                 continue
             sources = material.sources(holders)
-            reason = f'{count_rows(sources)} whose target has the key "{key}" where the others have "{meant}"'
+            reason = f'{wording.rows(sources)} whose target has the key "{key}" where the others have "{meant}"'
             yield Note("json-drift", "warn", reason, "spell the key one way", sources)
 
 
@@ -98,7 +98,7 @@ def _type_drift(material: Material, objects: dict[int, dict[str, Any]]) -> Itera
         for kind, numbers in sorted(found.items()):
             if total >= ENOUGH and kind != usual and len(numbers) <= RARE * total:
                 sources = material.sources(numbers)
-                reason = f'{count_rows(sources)} whose "{key}" is a {kind}, where the others have a {usual}'
+                reason = f'{wording.rows(sources)} whose "{key}" is a {kind}, where the others have a {usual}'
                 yield Note("json-drift", "warn", reason, "write the value in one type", sources)
 
 

@@ -1,0 +1,33 @@
+"""Numbers and places in the words of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tunesmith.types import Source
+
+LINES_NAMED = 8
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def rows(found: Sequence[object]) -> str:
+    """`1 row`, `1,200 rows`, by how many there are."""
+    return count(len(found), "row")
+
+
+def places(sources: Sequence[Source]) -> str:
+    """The first few lines of the first file: `a.jsonl lines 3, 7 and 12 more`."""
+    first = sources[0].file
+    return f"{first} {lines([source.line for source in sources if source.file == first], of=len(sources))}"
+
+
+def lines(numbers: Sequence[int], *, of: int | None = None) -> str:
+    """`line 3`, `lines 3, 7 and 12 more`; `of` is how many there are in all, where not all are in `numbers`."""
+    shown = numbers[:LINES_NAMED]
+    more = (of or len(numbers)) - len(shown)
+    start = f"line{'' if len(shown) == 1 else 's'} {', '.join(map(str, shown))}"
+    return f"{start} and {more:,} more" if more else start

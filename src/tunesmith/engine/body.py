@@ -1,0 +1,212 @@
+"""The model's body as the engine runs it: any decoder through transformers, and the common kind with packed weights.
+
+Llama, Mistral, Qwen and their like are one recipe: norm, q/k/v, rotary, attention, o, norm, gate/up, SwiGLU, down. For
+them q/k/v and gate/up are each one product over weights laid out once for small batches (oneDNN's blocked layout: with
+16 rows twice as fast as MKL's product, which lays them out again every time), and nothing is computed that generation
+doesn't need. Whether a model really is of this kind is not believed but tried: both bodies must agree on a few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from tunesmith.engine.attention import CacheContext, Span
+from tunesmith.engine.cache import KvSpec, Slots
+from tunesmith.models.lora import LoraLinear, LoraModel
+from tunesmith.tree.body import run_body
+from tunesmith.tree.heads import Head
+
+Segment = tuple[str, int, int]  # adapter, first row, one past the last
+PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
+TRIED = 5  # tokens on which the bodies are compared
+PACKED_FOR = 64  # rows the packed layout is chosen for; it serves any number
+ROW_STEP = 16  # large batches are filled up to a multiple, since every new size costs oneDNN a fresh kernel
+
+
+class Body(Protocol):
+    """input_ids, position_ids [tokens] -> hidden [tokens, hidden]; `segments` says which rows use which adapter."""
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
+    ) -> Tensor: ...
+
+
+class PlainBody:
+    """Any decoder, as transformers defines it."""
+
+    def __init__(self, lora: LoraModel) -> None:
+        self._lora = lora
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
+    ) -> Tensor:
+        self._lora.routing.segments = segments
+        try:
+            return run_body(self._lora.model, input_ids, position_ids, context)
+        finally:
+            self._lora.routing.segments = ()
+
+
+class PackedLinear:
+    """y = x W^T + b over linears that share their input, their weights stacked and laid out for oneDNN."""
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+        stacked = torch.cat(weights).contiguous()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(stacked, PACKED_FOR)
+        given = [bias for bias in biases if bias is not None]
+        assert len(given) in (0, len(biases))
+        self.bias = torch.cat(given) if given else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Projection:
+    """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
+
+    def __init__(self, *linears: nn.Module) -> None:
+        bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
+        assert all(isinstance(base, nn.Linear) for base in bases)
+        self._packed = PackedLinear([base.weight for base in bases], [base.bias for base in bases])  # type: ignore[misc]
+        self._adapted: list[tuple[LoraLinear, slice]] = []
+        start = 0
+        for linear, base in zip(linears, bases, strict=True):
+            stop = start + int(base.weight.shape[0])  # type: ignore[union-attr]
+            if isinstance(linear, LoraLinear):
+                self._adapted.append((linear, slice(start, stop)))
+            start = stop
+
+    def __call__(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+        y = self._packed(x)
+        for name, start, stop in segments:
+            rows = x[start:stop]
+            for linear, columns in self._adapted:
+                adapter = linear.adapters.get(name)
+                if adapter is not None:
+                    low = torch.mm(rows, adapter.a.t())
+                    y[start:stop, columns].addmm_(low, adapter.b.t(), alpha=adapter.scaling)
+        return y
+
+
+class PackedLayer:
+    """One decoder layer of the Llama kind."""
+
+    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.head_dim = index, head_dim
+        self.scaling: float = attention.scaling  # type: ignore[union-attr, assignment]
+        self.window: int | None = getattr(attention, "sliding_window", None)  # type: ignore[assignment]
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]  # type: ignore[union-attr]
+        heads = [_out_features(part) // head_dim for part in parts]
+        self.heads, self.kv_heads = heads[0], heads[1]
+        self.qkv = Projection(*parts)
+        self.output = Projection(attention.o_proj)  # type: ignore[union-attr]
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)  # type: ignore[union-attr]
+        self.down = Projection(mlp.down_proj)  # type: ignore[union-attr]
+        self.width = _out_features(mlp.gate_proj)  # type: ignore[union-attr]
+        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.query_norm = getattr(attention, "q_norm", None)
+        self.key_norm = getattr(attention, "k_norm", None)
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext, segments: tuple[Segment, ...]
+    ) -> Tensor:
+        """x [tokens, hidden], changed in place; cos, sin [tokens, 1, dim / 2]."""
+        tokens, split = len(x), self.heads + self.kv_heads
+        qkv = self.qkv(_norm(x, self.before_attention), segments).view(tokens, -1, self.head_dim)
+        turning = qkv[:, :split]
+        if self.query_norm is not None:
+            query, key = _norm(qkv[:, : self.heads], self.query_norm), _norm(qkv[:, self.heads : split], self.key_norm)
+            turning = torch.cat((query, key), 1)
+        turned = _rotate(turning, cos, sin).transpose(0, 1)[None]
+        out = context.attend(
+            self.index,
+            turned[:, : self.heads],
+            turned[:, self.heads :],
+            qkv[:, split:].transpose(0, 1)[None],
+            scaling=self.scaling,
+            sliding_window=self.window,
+            softcap=None,
+        )
+        x += self.output(out.reshape(tokens, -1), segments)
+        gate_up = self.gate_up(_norm(x, self.before_mlp), segments)
+        x += self.down(F.silu(gate_up[:, : self.width]).mul_(gate_up[:, self.width :]), segments)
+        return x
+
+
+class PackedBody:
+    """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        base = model.base_model
+        self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
+        head_dim = base.layers[0].self_attn.head_dim  # type: ignore[index, union-attr]
+        self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]  # type: ignore
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
+    ) -> Tensor:
+        x = self._embed(input_ids)  # type: ignore[operator]
+        cos, sin = self._rotary(x[None], position_ids[None])  # type: ignore[operator]
+        half = cos.shape[-1] // 2  # the second half repeats the first
+        cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+        for layer in self._layers:
+            x = layer(x, cos, sin, context, segments)
+        return _norm(x, self._norm)
+
+
+class PackedHead:
+    """A model's output head over packed weights."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._packed = PackedLinear([head.weight], [head.bias])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, hidden] -> [rows, vocabulary]."""
+        return self._head.finish(self._packed(hidden))
+
+
+def packed_body(lora: LoraModel, spec: KvSpec) -> PackedBody | None:
+    """The fast body where the model is of the kind it computes, proved on a few tokens; None where it is not."""
+    model = lora.model
+    weight = model.get_input_embeddings().weight
+    if model.config.model_type not in PACKABLE or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    body = PackedBody(model)
+    with torch.no_grad():
+        expected, found = _try(PlainBody(lora), spec), _try(body, spec)
+    same = torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    return body if same else None
+
+
+def _try(body: Body, spec: KvSpec) -> Tensor:
+    """The body's hidden states for a few tokens, attending among themselves."""
+    store = spec.empty(TRIED)
+    ids, none = torch.arange(TRIED), torch.empty(0, dtype=torch.long)
+    return body(ids, ids, CacheContext(ids, Slots(spec), none, none, [Span(0, TRIED, store, 0)], []), ())
+
+
+def _out_features(linear: nn.Module) -> int:
+    return int(linear.out_features)  # type: ignore[arg-type]
+
+
+def _norm(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Root-mean-square norm over the last dimension."""
+    assert norm is not None
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), halves as transformers pairs them. x [tokens, heads, dim]."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out

@@ -1,0 +1,68 @@
+"""plan.json: what a run is expected to take, and afterwards what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tunesmith.store.runs import Run, read_metrics, write_json
+from tunesmith.train.estimate import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An estimate of training, for a person and for plan.json."""
+
+    estimate: Estimate
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.fits
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's plan.json, before the run."""
+        return {"predicted": asdict(self.estimate), "fits": self.fits}
+
+    def sentence(self) -> str:
+        """`plan: 60 steps, 78,000 tokens (61,000 computed), about 5 min, 2.1 GB`."""
+        e = self.estimate
+        return (
+            f"plan: {e.steps:,} steps, {e.tokens:,} tokens ({e.computed_tokens:,} computed, "
+            f"{e.supervised_tokens:,} trained), "
+            f"about {_minutes(e.seconds)} of training, {e.peak_bytes / 1e9:.1f} GB at most"
+        )
+
+    def refusal(self) -> str:
+        """Why it can't be run here, and what would."""
+        e = self.estimate
+        return (
+            f"training would take {e.peak_bytes / 1e9:.1f} GB and {e.memory_limit / 1e9:.1f} GB may be used; "
+            "raise runtime.memory_limit, lower data.max_seq_len, or train a smaller adapter"
+        )
+
+    def render(self) -> str:
+        """For the terminal."""
+        return self.sentence() + ("" if self.fits else f"\nit does not fit: {self.refusal()}")
+
+
+def record_actual(run: Run, plan: Plan) -> None:
+    """Add what the run took, summed over its steps, to plan.json."""
+    steps = [row for row in read_metrics(run) if "loss" in row]
+    actual = {
+        "steps": len(steps),
+        "tokens": _total(steps, "tokens"),
+        "computed_tokens": _total(steps, "computed_tokens"),
+        "supervised_tokens": _total(steps, "supervised_tokens"),
+        "seconds": _total(steps, "seconds"),
+        "peak_bytes": max((row["peak_memory_bytes"] for row in steps), default=0),
+    }
+    write_json(run.plan, {**plan.to_json(), "actual": actual})
+
+
+def _total(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,138 @@
+"""Many adapters over one base: each request gets what it would get alone, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONTEXT, LetterRenderer, build, engine_over, greedy, tiny_engine
+
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.request import Request
+from tunesmith.errors import InputError
+from tunesmith.models.lora import LoraModel, LoraWeights, add_new_adapter, wrap
+from tunesmith.models.merge import merge
+from tunesmith.models.peft_format import save_adapter
+from tunesmith.recipe import Adapter as Section
+
+# name, rank, targets: a mix of everything
+ADAPTERS = [
+    ("a", 4, "all-linear"),
+    ("b", 16, ("q_proj", "v_proj")),
+    ("c", 1, ("down_proj",)),
+    ("d", 8, ("k_proj", "gate_proj")),
+    ("e", 16, "all-linear"),
+]
+BLOCK = list(range(5, 45))
+PROMPTS = [[9, 8, 7], [50], [*BLOCK, 60], [*BLOCK, 61, 62], [*BLOCK, 63]]
+
+
+def put(lora: LoraModel, name: str, rank: int, targets: str | tuple[str, ...], seed: int = 1) -> Section:
+    """An adapter whose weights are not zero, so that it changes what is said."""
+    section = Section(rank=rank, alpha=2 * rank, target_modules=targets)
+    add_new_adapter(lora, name, section, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _, weights in lora.parameters(name):
+        weights.data.copy_(torch.randn(weights.shape, generator=generator) * 0.2)
+    return section
+
+
+def carrying(family: str = "llama") -> LoraModel:
+    lora = wrap(build(family))
+    for seed, (name, rank, targets) in enumerate(ADAPTERS):
+        put(lora, name, rank, targets, seed)
+    return lora
+
+
+@cache
+def merged(name: str | None) -> torch.nn.Module:
+    """The same adapter put into the weights of a model of its own."""
+    return build("llama") if name is None else merge(carrying(), name).eval()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mixed_batch_answers_as_each_adapter_alone(packed: bool) -> None:
+    engine = engine_over(carrying(), packed=packed)
+    asked = [(prompt, name) for prompt in PROMPTS for name in (None, *(a[0] for a in ADAPTERS))]
+    answers = engine.generate([Request(prompt_ids=p, adapter=n, max_tokens=8, logprobs=True) for p, n in asked])
+    said = set()
+    for (prompt, name), answer in zip(asked, answers, strict=True):
+        ids, logprobs = greedy(merged(name), prompt, 8)
+        assert answer.ids == ids, (name, prompt)
+        assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+        said.add((tuple(prompt), tuple(ids)))
+    assert len(said) > len(PROMPTS) * 3, "the adapters hardly change anything, so this test shows nothing"
+
+
+def test_a_prefix_computed_with_one_adapter_is_not_used_for_another() -> None:
+    engine = engine_over(carrying(), packed=True)
+    alone = [engine.generate([Request(prompt_ids=PROMPTS[3], adapter=n, max_tokens=5)])[0] for n in ("a", "b", None)]
+    again = engine.generate([Request(prompt_ids=PROMPTS[3], adapter=n, max_tokens=5) for n in ("a", "b", None)])
+    assert [a.ids for a in again] == [a.ids for a in alone]
+    assert [a.cached_tokens for a in again] == [0, 0, 0], "an engine over live weights remembers nothing"
+
+
+def test_a_live_model_answers_with_the_weights_it_has_now() -> None:
+    lora = carrying()
+    engine = engine_over(lora)
+    before = engine.logprobs(PROMPTS[2], [7, 8], adapter="a")
+    for _, weights in lora.parameters("a"):
+        weights.data.mul_(-1.5)
+    after = engine.logprobs(PROMPTS[2], [7, 8], adapter="a")
+    fresh = engine_over(lora).logprobs(PROMPTS[2], [7, 8], adapter="a")
+    assert after == pytest.approx(fresh, abs=1e-5)
+    assert after != pytest.approx(before, abs=1e-2)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    lora = wrap(build("llama"))
+    for name in ("one", "two"):
+        section = put(lora, name, 4, "all-linear", seed=len(name) + ord(name[0]))
+        save_adapter(lora, name, tmp_path / name, section, "tiny")
+    return {name: tmp_path / name for name in ("one", "two")}
+
+
+def from_disk(folders: dict[str, Path]) -> Engine:
+    engine = tiny_engine()
+    engine._live = False  # this one owns its model, as Engine(model) does
+    for name, folder in folders.items():
+        engine.add_adapter(name, folder)
+    return engine
+
+
+def test_adapters_come_and_go(folders: dict[str, Path]) -> None:
+    engine = from_disk(folders)
+    request = Request(prompt_ids=PROMPTS[2], adapter="one", max_tokens=6)
+    first = engine.generate([request])[0]
+    assert engine.generate([request])[0].cached_tokens == len(PROMPTS[2]) - 1
+    engine.remove_adapter("one")
+    with pytest.raises(InputError, match='no adapter "one" on model; known: two'):
+        engine.generate([request])
+    engine.add_adapter("one", folders["two"])
+    other = engine.generate([request])[0]
+    assert other.cached_tokens == 0, "the removed adapter's prefix was used for the new one"
+    assert other.ids == engine.generate([Request(prompt_ids=PROMPTS[2], adapter="two", max_tokens=6)])[0].ids
+    assert other.ids != first.ids
+
+
+def test_errors_about_adapters_are_sentences(folders: dict[str, Path], tmp_path: Path) -> None:
+    engine = from_disk(folders)
+    with pytest.raises(InputError, match='already an adapter "one"'):
+        engine.add_adapter("one", folders["two"])
+    with pytest.raises(InputError, match="no adapter_config.json"):
+        engine.add_adapter("three", tmp_path)
+    other = wrap(build("gemma2"))
+    save_adapter(other, "x", tmp_path / "x", put(other, "x", 4, "all-linear"), "gemma")
+    with pytest.raises(InputError, match="fit"):
+        engine.add_adapter("x", tmp_path / "x")
+    with pytest.raises(InputError, match='no adapter "x"'):
+        engine.logprobs([3], [4], adapter="x")
+
+
+def test_the_renderer_and_length_are_at_hand() -> None:
+    engine = tiny_engine()
+    assert engine.context_length == CONTEXT
+    assert isinstance(engine.renderer, LetterRenderer)

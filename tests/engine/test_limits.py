@@ -1,0 +1,142 @@
+"""Bad input and scarce memory: a clear error or a wait, and the others undisturbed."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from tiny import CONTEXT, greedy, rival, tiny_engine
+
+from tunesmith.engine.request import BusyError, Request
+from tunesmith.errors import InputError
+
+SMALL = 4 * 2 * 2 * 8 * 4 * 64 * 6  # bytes: 6 slots of 64 tokens of the tiny llama
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(), "exactly one of"),
+        (Request(prompt="a", prompt_ids=[3]), "exactly one of"),
+        (Request(prompt_ids=[]), "prompt is empty"),
+        (Request(messages=[]), "messages is empty"),
+        (Request(prompt_ids=[3] * CONTEXT), "leaves no room"),
+        (Request(prompt_ids=[3] * (CONTEXT + 9)), f"has {CONTEXT + 9} tokens, but the base takes {CONTEXT}"),
+        (Request(prompt_ids=[3, 97]), "token 97; the base has 0 to 96"),
+        (Request(prompt_ids=[-1]), "token -1"),
+        (Request(prompt_ids=[3], adapter="nope"), 'no adapter "nope"'),
+        (Request(prompt_ids=[3], max_tokens=0), "max_tokens"),
+        (Request(prompt_ids=[3], temperature=-1), "temperature"),
+        (Request(prompt_ids=[3], temperature=float("nan")), "temperature"),
+        (Request(prompt_ids=[3], top_p=0), "top_p"),
+        (Request(prompt_ids=[3], n=0), "n is 0"),
+        (Request(prompt_ids=[3], stop=""), "empty stop"),
+        (Request(prompt_ids=[3], logprobs=99), "logprobs"),
+        (Request(prompt_ids=[3], logit_bias={500: 1.0}), "token 500"),
+        (Request(prompt_ids=[3], schema={}, regex="a"), "one of"),
+        (Request(prompt_ids=[3], schema={}), "without a tokenizer"),
+        (Request(prompt_ids=[3], tools=[{"type": "function"}]), "tools"),
+    ],
+)
+def test_a_bad_request_is_a_sentence_and_leaves_nothing_behind(request_: Request, message: str) -> None:
+    engine = tiny_engine()
+    with pytest.raises(InputError, match=message):
+        engine.generate([Request(prompt_ids=[5], max_tokens=3), request_])
+    assert engine._core.idle
+    assert engine.generate([Request(prompt_ids=[5], max_tokens=3)])[0].ids == greedy(rival("llama"), [5], 3)[0]
+
+
+def test_logprobs_of_nothing_and_of_too_much() -> None:
+    engine = tiny_engine()
+    assert engine.logprobs([3, 4], []) == []
+    with pytest.raises(InputError, match="prompt is empty"):
+        engine.logprobs([], [3])
+    with pytest.raises(InputError, match="with its answer has"):
+        engine.logprobs([3] * 200, [4] * 100)
+
+
+def test_scarce_memory_makes_requests_wait_but_answers_them_all() -> None:
+    engine = tiny_engine(memory_limit=SMALL)
+    prompts = [[n, *range(3, 3 + 5 * (n % 9))] for n in range(3, 33)]
+    prompts += [[7] * 30 + [n] for n in range(3, 13)]
+    answers = engine.generate([Request(prompt_ids=p, max_tokens=20) for p in prompts])
+    assert [a.ids for a in answers] == [greedy(rival("llama"), p, 20)[0] for p in prompts]
+    scheduler = engine._core.scheduler
+    assert scheduler.slots.bytes + scheduler.tree.bytes <= SMALL
+
+
+def test_long_answers_give_way_to_each_other_when_memory_runs_out() -> None:
+    """All join while short; as they grow, the newest wait, and go on later where they were."""
+    engine = tiny_engine(memory_limit=SMALL)
+    requests = [Request(prompt_ids=[n], max_tokens=180, ignore_stop=True) for n in range(3, 9)]
+    answers = engine.generate(requests)
+    alone = [tiny_engine().generate([request])[0].ids for request in requests]
+    assert [a.ids for a in answers] == alone
+    assert all(len(a.ids) == 180 for a in answers)
+
+
+def test_a_request_that_can_never_fit_fails_alone() -> None:
+    engine = tiny_engine(memory_limit=SMALL // 6)
+    with pytest.raises(InputError, match="memory_limit"):
+        engine.generate([Request(prompt_ids=list(range(3, 90)) * 2, max_tokens=8)])
+    assert engine.generate([Request(prompt_ids=[5], max_tokens=3)])[0].ids == greedy(rival("llama"), [5], 3)[0]
+
+
+def test_the_cache_is_evicted_oldest_first() -> None:
+    engine = tiny_engine(memory_limit=SMALL)
+    engine._live = False
+
+    def cached(start: int) -> int:
+        return engine.generate([Request(prompt_ids=list(range(start, start + 40)), max_tokens=2)])[0].cached_tokens
+
+    assert cached(3) == 0
+    assert cached(3) == 39
+    for start in range(4, 20):
+        cached(start)
+    assert cached(19) == 39
+    assert cached(3) == 0
+
+
+def test_ten_thousand_requests_do_not_pile_up() -> None:
+    engine = tiny_engine()
+    longest = 0
+
+    def watch(done: int, of: int) -> None:
+        nonlocal longest
+        longest = max(longest, len(engine._core.generations))
+        if done == 600:
+            raise KeyboardInterrupt
+
+    requests = [Request(prompt_ids=[3 + n % 90], max_tokens=1) for n in range(10_000)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests, progress=watch)
+    assert longest <= 300
+    assert engine._core.idle
+
+
+def test_a_full_queue_says_so() -> None:
+    engine = tiny_engine()
+    object.__setattr__(engine._core.settings, "max_waiting", 2)
+    with pytest.raises(BusyError):
+        engine.generate([Request(prompt_ids=[5], n=4, max_tokens=2)])
+    assert engine._core.idle
+
+
+def test_threads_share_the_engine() -> None:
+    engine = tiny_engine()
+    prompts = [[n, n + 1] for n in range(3, 19)]
+    found: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        request = Request(prompt_ids=prompts[index], max_tokens=10)
+        if index % 2:
+            found[index] = engine.generate([request])[0].ids
+        else:
+            found[index] = [token for delta in engine.stream(request) for token in delta.ids]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[i] for i in range(len(prompts))] == [greedy(rival("llama"), p, 10)[0] for p in prompts]
