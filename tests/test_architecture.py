@@ -19,10 +19,14 @@ FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"cli"},
     {"pipeline", "conversation"},
-    {"training", "proof"},
+    {"fitting"},
+    {"planning", "lineage"},
+    {"preparation"},
+    {"train", "prove"},
     {"data", "engine"},
     {"chat", "models", "tree", "store"},
-    {"recipe", "types", "errors", "home", "progress"},
+    {"recipe"},
+    {"types", "errors", "home", "progress"},
 ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,3 +24,18 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
     return getattr(importlib.import_module(f"tunesmith.{_WHERE.get(name, 'pipeline')}"), name)
+
+
+class _Package(ModuleType):
+    """Keeps `tunesmith.train` and `tunesmith.prove` the functions, though subpackages have the same names.
+
+    Python binds a subpackage to its parent's attribute when it is first imported; `from tunesmith.train.loop import …`
+    needs no such attribute.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

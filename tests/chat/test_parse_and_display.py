@@ -8,7 +8,7 @@ import pytest
 from chat_shapes import tokenizer_of
 
 from tunesmith.chat.display import READ, TRAINED, coloured
-from tunesmith.chat.parse import parse_answer
+from tunesmith.chat.parse import parse_answer, spoken
 from tunesmith.chat.renderer import Renderer
 
 
@@ -41,6 +41,15 @@ def test_calls_are_found_in_every_notation(raw, names) -> None:
 )
 def test_what_is_not_a_call_stays_text(raw) -> None:
     assert parse_answer(raw=raw, text=raw) == {"role": "assistant", "content": raw}
+
+
+@pytest.mark.parametrize(
+    "raw", ["<think>\n\n</think>\n\nParis.", "\n</think>\n\nParis.", "<think>a</think> <think>b</think>Paris."]
+)
+def test_reasoning_is_no_part_of_the_answer(raw) -> None:
+    assert spoken(raw) == "Paris."
+    assert parse_answer(raw=raw, text=raw) == {"role": "assistant", "content": "Paris."}
+    assert spoken("Paris.") == "Paris."
 
 
 def test_an_answer_ends_at_its_stop_token() -> None:

@@ -175,6 +175,16 @@ def test_an_empty_answer_trains_the_stop_token() -> None:
         assert (ids[-1], weights[-1]) == (renderer.stop_id, 1.0), name
 
 
+@pytest.mark.parametrize("name", ["chatml", "ordinary-text", "think"])
+def test_an_answer_that_contains_a_stop_token_is_kept_whole(name) -> None:
+    tokenizer = tokenizer_of(name)
+    renderer = Renderer.from_tokenizer(tokenizer)
+    content = f"fox{tokenizer.decode([renderer.stop_id])}dog"
+    [(ids, weights)] = renderer.chat_example([TWO_TURNS[0], {"role": "assistant", "content": content}])
+    said = [token for token, weight in zip(ids, weights, strict=True) if weight]
+    assert tokenizer.decode(said) == content + tokenizer.decode([renderer.stop_id])
+
+
 def test_completions_and_texts() -> None:
     tokenizer = byte_level("llama3")
     renderer = Renderer.from_tokenizer(tokenizer)

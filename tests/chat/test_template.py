@@ -145,3 +145,24 @@ def test_of_several_named_templates_the_default_is_used() -> None:
 def test_training_weights_never_reach_the_template() -> None:
     renderer = with_template("chatml", "{% for m in messages %}{{ m | tojson }}{% endfor %}")
     assert "weight" not in renderer.decode(renderer.prompt_ids([{**TURN[0], "weight": 1}, {**TURN[1], "weight": 0}]))
+
+
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace("{% if part['type'] == 'text' %}", "{% if true %}")])
+def test_a_template_that_reads_only_parts_is_given_parts(template) -> None:
+    renderer, plain = with_template("chatml", template), Renderer.from_tokenizer(tokenizer_of("chatml"))
+    system = [{"role": "system", "content": "Be quick."}, *TURN]
+    assert renderer.chat_example(system) == plain.chat_example(system)
+    assert renderer.notes == ()
+
+
+def test_an_answer_that_a_template_leaves_out_is_a_sentence() -> None:
+    silent = TEMPLATES["chatml"].replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")
+    with pytest.raises(InputError, match=r'leaves out an answer that ends in "Yes\."'):
+        with_template("chatml", silent).chat_example(TURN)

@@ -12,7 +12,7 @@ from tiny import CONTEXT, LetterRenderer, build, engine_over, greedy, tiny_engin
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import Request
 from tunesmith.errors import InputError
-from tunesmith.models.lora import LoraModel, LoraWeights, add_new_adapter, wrap
+from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import save_adapter
 from tunesmith.recipe import Adapter as Section
@@ -122,7 +122,7 @@ def test_errors_about_adapters_are_sentences(folders: dict[str, Path], tmp_path:
     engine = from_disk(folders)
     with pytest.raises(InputError, match='already an adapter "one"'):
         engine.add_adapter("one", folders["two"])
-    with pytest.raises(InputError, match="no adapter_config.json"):
+    with pytest.raises(InputError, match=r"no adapter_config\.json"):
         engine.add_adapter("three", tmp_path)
     other = wrap(build("gemma2"))
     save_adapter(other, "x", tmp_path / "x", put(other, "x", 4, "all-linear"), "gemma")

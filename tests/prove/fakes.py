@@ -37,8 +37,13 @@ class FakeEngine:
         self.asked: list[Request] = []
         self.renderer = FakeRenderer()
 
-    def generate(self, requests: list[Request]) -> list[Answer]:
-        return [self._answer(request) for request in requests]
+    def generate(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Answer]:
+        answers = []
+        for request in requests:
+            answers.append(self._answer(request))
+            if progress is not None:
+                progress(len(answers), len(requests))
+        return answers
 
     def logprobs(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None) -> list[float]:
         return [-self.surprise.get(adapter, 1.0)] * len(answer_ids)

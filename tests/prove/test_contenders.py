@@ -13,7 +13,7 @@ from tunesmith.errors import InputError
 from tunesmith.prove.answering import ReplyCache, Weights
 from tunesmith.prove.choice import choose
 from tunesmith.prove.contender import Prompted
-from tunesmith.prove.contenders import Bench, contender_names
+from tunesmith.prove.contenders import Bench, contender_names, earlier_names
 from tunesmith.prove.key_order import decoding_schema
 from tunesmith.prove.retrieval import Index, cut, read_knowledge
 from tunesmith.prove.scoring import choose_scorers
@@ -219,6 +219,8 @@ def test_earlier_runs_answer_under_their_own_name():
     engine = FakeEngine(lambda adapter, question, request: adapter or "base")
     contender = bench(label_rows(), engine, **{"tuned": 1, "runs/old": 1}).build("runs/old")
     assert contender.kind == "previous"
+    names = ("prompt", "tuned+schema", "runs/old", "runs/old+schema", "m@http://x/v1")
+    assert earlier_names(Prove(contenders=names)) == ["runs/old"]
     assert contender.answer(label_rows()[:1], ReplyCache(None))[0].output == "runs/old"
 
 

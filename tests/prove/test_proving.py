@@ -182,7 +182,7 @@ def test_a_killed_proof_continues_and_asks_nothing_twice(tmp_path):
     fake = engine({"few_shot": 0.4, "tuned": 0.9})
     generate, calls = fake.generate, 0
 
-    def dies(requests):
+    def dies(requests, progress=None):
         nonlocal calls
         calls += 1
         if calls == 9:
@@ -245,6 +245,17 @@ def test_odd_answers_and_raising_graders_are_counted(tmp_path):
     assert tuned.scores["fussy"].n == 40
     assert tuned.empty == tuned.scorer_faults == blank
     assert report_from_items(tmp_path / "run" / "items.jsonl").to_json() == report.to_json()
+
+
+def test_a_model_judges_and_an_unknown_one_is_a_sentence(tmp_path):
+    recipe = Prove(contenders=("prompt", "tuned"), scorers=("exact_match", {"judge": "base"}), retention=False)
+    fake = FakeEngine(lambda adapter, question, request: "A" if "<answer" in question else f"said by {adapter}")
+    report = prove(tmp_path, fake=fake, prove=recipe, held_out=HELD_OUT[:24])
+    assert report.result("tuned").scores["judge"].mean == 0.5
+    assert report.result("tuned").scores["judge_agreement"].mean == 0.0
+    unknown = Prove(scorers=({"judge": "nobody"},))
+    with pytest.raises(InputError, match='"nobody" is not known here'):
+        prove(tmp_path, fake=fake, prove=unknown)
 
 
 def test_nothing_held_out_is_a_sentence(tmp_path):

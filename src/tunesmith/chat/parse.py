@@ -17,8 +17,18 @@ LISTED = re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.DOTALL)
 BARE = re.compile(r"(?:<\|python_tag\|>)?\s*(\{.*\})", re.DOTALL)
 
 
+# <think>...</think>The answer.     also where the prompt itself opened the thought
+THOUGHT = re.compile(r"^.*</think>\s*", re.DOTALL)
+
+
+def spoken(text: str) -> str:
+    """An answer without the reasoning before it: what is compared with an expected answer, or shown to a user."""
+    return THOUGHT.sub("", text)
+
+
 def parse_answer(*, raw: str, text: str) -> Message:
-    """An assistant message. `raw` still has its special tokens (tool calls are written with them), `text` has none."""
+    """An assistant message without reasoning. `raw` has special tokens (calls are written with them), `text` none."""
+    raw, text = spoken(raw), spoken(text)
     for pattern in (TAGGED, LISTED):
         calls = [call for found in pattern.findall(raw) for call in _calls(found)]
         if calls:

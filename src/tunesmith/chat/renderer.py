@@ -22,7 +22,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.chat.parse import parse_answer
-from tunesmith.chat.template import DATE, Template
+from tunesmith.chat.template import DATE, Template, content_text
 from tunesmith.errors import InputError
 from tunesmith.types import Message
 
@@ -187,31 +187,24 @@ class Renderer:
             finished = finished.removesuffix(self._template.tail or "")
         prompt_ids = self._encode(prompt)
         if finished.startswith(prompt):
-            ids = self._encode(finished)
+            said, ids = finished[len(prompt) :], self._encode(finished)
             joined = ids[: len(prompt_ids)] == prompt_ids
-            answer = ids[len(prompt_ids) :] if joined else self._encode_after(finished[len(prompt) :])
+            answer = ids[len(prompt_ids) :] if joined else self._encode_after(said)
         else:
-            answer = self._encode_after(answer_text(messages[turn], prompt, finished))
-        answer = self._cut(answer)
-        self._check_calls(messages[turn], answer)
-        return prompt_ids, answer
+            said = answer_text(messages[turn], prompt, finished)
+            answer = self._encode_after(said)
+        _check_said(messages[turn], said)
+        return prompt_ids, self._cut(answer) if finished.endswith(said) else [*answer, self.stop_id]
 
     def _cut(self, answer: list[int]) -> list[int]:
         """End an answer with the token that ends the turn; what a template prints after it is nobody's to say."""
         ends = [i for i, token in enumerate(answer) if token == self.stop_id]
         if self._ends_in_tail and len(ends) >= self._ends_in_tail:
             return answer[: ends[-self._ends_in_tail] + 1]
-        if others := [i for i, token in enumerate(answer) if token in self.stop_ids]:
+        others = [i for i, token in enumerate(answer) if token in self.stop_ids]
+        if others and not self.decode(answer[others[-1] :]).strip():
             return answer[: others[-1] + 1]  # e.g. a tool call, which some templates end in a token of its own
         return [*answer, self.stop_id]
-
-    def _check_calls(self, message: Message, answer: list[int]) -> None:
-        for call in message.get("tool_calls") or ():
-            name = call.get("function", {}).get("name", "")
-            if name not in self._text(answer, skip_special=False):
-                raise InputError(
-                    f'the base\'s chat template does not print tool calls, so "{name}" could not be learned'
-                )
 
     def _end_of_turn(self) -> tuple[int | None, int]:
         """The token the template ends an answer with, and how often it stands in what follows an answer."""
@@ -271,7 +264,7 @@ def answer_text(message: Message, prompt: str, finished: str) -> str:
     """
     parted = (i for i, (a, b) in enumerate(zip(prompt, finished, strict=False)) if a != b)
     shared = next(parted, min(len(prompt), len(finished)))
-    content = message.get("content") or ""
+    content = content_text(message)
     for printed in (content, content.strip()):
         # The answer may itself start like the rest of the prompt, so look from a little before where the texts part.
         at = finished.find(printed, max(0, shared - len(printed))) if printed else -1
@@ -280,6 +273,17 @@ def answer_text(message: Message, prompt: str, finished: str) -> str:
     if message.get("tool_calls"):
         return finished[shared:]
     return content.removeprefix(prompt[shared:])
+
+
+def _check_said(message: Message, said: str) -> None:
+    """Raise InputError where a template leaves out what is to be learned."""
+    end = content_text(message).strip().rpartition("\n")[2][-16:]  # reasoning before it may be dropped
+    if end not in said:
+        raise InputError(f'the base\'s chat template leaves out an answer that ends in "{end}"')
+    for call in message.get("tool_calls") or ():
+        name = call.get("function", {}).get("name", "")
+        if name not in said:
+            raise InputError(f'the base\'s chat template does not print tool calls, so "{name}" could not be learned')
 
 
 def _weighted(prompt: list[int], answer: list[int]) -> Weighted:

@@ -45,6 +45,7 @@ class Template:
 
     source       the Jinja text
     installed    the base had none, so the plain one was installed
+    in_parts     the template reads content as a list of parts, as those of models that also see pictures do
     folds_system the template has no system turn: a system prompt opens the first user turn instead
     opening      what opens an answer, where the template leaves that out of its generation prompt; else ""
     tail         the text it puts after an answer, such as "<|im_end|>\\n"; None where that could not be found
@@ -53,9 +54,11 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
         own = source or own_template(tokenizer)
         self._tokenizer = tokenizer
+        self.in_parts = False
         self.installed = own is None
         self.source = own if own is not None else plain_template(tokenizer)
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
+        self.in_parts = self._reads_parts_only()
         self.folds_system = self._drops_system()
         self.opening, self.tail = self._around_an_answer()
 
@@ -70,7 +73,7 @@ class Template:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
         text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [_as_parts(message) if self.in_parts else dict(message) for message in messages],
             tools=list(tools) or None,
             chat_template=FIXED_CLOCK + self.source if "strftime_now" in self.source else self.source,
             add_generation_prompt=prompt,
@@ -87,19 +90,23 @@ class Template:
                 message["role"] = "system" if message["role"] == "developer" else message["role"]
         return _fold_system(prepared) if self.folds_system else prepared
 
+    def _reads_parts_only(self) -> bool:
+        """Whether plain text content is dropped or refused where a list of parts is printed."""
+        question = [{"role": "user", "content": PROBE_USER}]
+        if self._prints(question, PROBE_USER):
+            return False
+        self.in_parts = True
+        return self._prints(question, PROBE_USER)
+
     def _drops_system(self) -> bool:
         turns = [{"role": "system", "content": PROBE_SYSTEM}, {"role": "user", "content": PROBE_USER}]
-        try:
-            return PROBE_SYSTEM not in self._render(turns, (), True)
-        except RENDER_ERRORS:
-            return self._renders(turns[1:])
+        return not self._prints(turns, PROBE_SYSTEM) and self._prints(turns[1:], PROBE_USER)
 
-    def _renders(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+    def _prints(self, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
         try:
-            self._render(messages, (), True)
+            return text in self._render(messages, (), True)
         except RENDER_ERRORS:
             return False
-        return True
 
     def _around_an_answer(self) -> tuple[str, str | None]:
         user, assistant = {"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}
@@ -131,18 +138,24 @@ def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _plain_message(message: Message) -> dict[str, Any]:
     """Without training weights; text content as one string; tool arguments as objects, as templates print them."""
     plain: dict[str, Any] = {key: value for key, value in message.items() if key not in ("weight", "content")}
-    plain["content"] = _content_text(message.get("content"))
+    plain["content"] = content_text(message)
     if calls := message.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call) for call in calls]
     return plain
 
 
-def _content_text(content: Any) -> str:
+def content_text(message: Message) -> str:
+    """A message's text: none is empty, parts are joined. Raises InputError for pictures, sound and files."""
+    content: Any = message.get("content")
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(part["text"] for part in content)
     raise InputError("a message's content must be text; this base reads no pictures, sound or files")
+
+
+def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _plain_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def is_format(fields: Mapping[str, Any], format: Format) -> bool:
     return any(_has(fields, columns) for columns in COLUMNS[format])
 
 
+def _share(names: set[str], columns: tuple[str, ...]) -> float:
+    """How much of a format's columns there is."""
+    return len(names & set(columns)) / len(columns)
+
+
 def _has(fields: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
     return all(fields.get(column) is not None for column in columns)
 
@@ -207,9 +212,9 @@ def refuse_unknown(row: Row) -> NoReturn:
     elif "instruction" in names:
         remedy = ALPACA
     else:
-        for format, alternatives in COLUMNS.items():
-            if any(names & set(columns) for columns in alternatives):
-                _refuse_missing(row, format)
+        share, nearest = max((_share(names, columns), format) for format, ways in COLUMNS.items() for columns in ways)
+        if share:
+            _refuse_missing(row, nearest)
         wanted = "; ".join(" and ".join(f'"{c}"' for c in columns) for way in COLUMNS.values() for columns in way)
         remedy = f"rename them to one of: {wanted}"
     raise RowError(f"no known format has the columns {found}; {remedy}", rule="unknown-format", source=row.source)

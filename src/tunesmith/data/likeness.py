@@ -48,8 +48,9 @@ def likeness(examples: Sequence[Example]) -> Likeness:
     keys: list[float] = []
     same = np.empty(len(examples), np.int64)
     for i, example in enumerate(examples):
-        before = preamble(example)
-        text = normalise(f"{before}\n{input_text(example)}" if before else input_text(example))
+        text, before = normalise(input_text(example)), preamble(example)
+        if before:
+            text = f"{normalise(before)}\n{text}"
         digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
         same[i] = numbers.setdefault(digest, len(texts))
         if same[i] == len(texts):

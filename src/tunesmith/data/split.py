@@ -41,8 +41,8 @@ def split(examples: Sequence[Example], held_out: float | Sequence[Example], grou
     Rows that are near-duplicates of one another, and rows of one group, stay on one side. A cluster's side is decided
     by its content alone: it is held out if a hash of it, in [0, 1), is below the fraction. So rows added to a data set
     leave the others where they are, and the size of the held-out part has a binomial spread. Where that goes beyond
-    three standard deviations, or would leave a side (or a side of a label) without any row, the clusters with the
-    smallest hashes are taken up to the size asked.
+    three standard deviations or twice the size asked, or would leave a side (or a side of a label) without any row,
+    the clusters with the smallest hashes are taken up to the size asked.
     """
     if not isinstance(held_out, (int, float)):
         both = [*examples, *held_out]
@@ -139,8 +139,9 @@ def _choose_within(units: list[_Unit], fraction: float) -> set[int]:
     spread = math.sqrt(fraction * (1 - fraction) * sum(unit.size**2 for unit in able))
     below = [unit for unit in able if unit.key < fraction]
     size = sum(unit.size for unit in below)
-    missing = not below and wanted >= 1
-    if len(below) <= able_to_leave and not missing and abs(size - wanted) <= TOLERANCE * spread:
+    enough = bool(below) or wanted < 1
+    too_far = abs(size - wanted) > TOLERANCE * spread or size > max(2 * wanted, min(unit.size for unit in units))
+    if len(below) <= able_to_leave and enough and not too_far:
         return {unit.number for unit in below}
     return {unit.number for unit in _by_rank(able[:able_to_leave], wanted)}
 

@@ -44,10 +44,11 @@ class Tokenized:
             left_out = wording.rows(self.dropped)
             said.append(f"{left_out} longer than {limit} tokens were left out: {wording.places(self.dropped)}")
         if self.truncated:
-            lost = f"; {self.lost_answers} earlier answers went with their questions" if self.lost_answers else ""
+            turns = wording.count(self.lost_answers, "earlier answer")
+            lost = f"; {turns} went with their questions" if self.lost_answers else ""
             said.append(
-                f"{wording.rows(self.truncated)} longer than {limit} tokens lost the start of what is asked, "
-                f"never the answer{lost}: {wording.places(self.truncated)}"
+                f"{wording.rows(self.truncated)} longer than {limit} tokens were cut, questions at their start and "
+                f"texts at their end, never an answer{lost}: {wording.places(self.truncated)}"
             )
         return said
 

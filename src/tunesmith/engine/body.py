@@ -8,7 +8,7 @@ doesn't need. Whether a model really is of this kind is not believed but tried: 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,13 @@ class Projection:
     """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
 
     def __init__(self, *linears: nn.Module) -> None:
-        bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
+        bases: list[Any] = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         assert all(isinstance(base, nn.Linear) for base in bases)
-        self._packed = PackedLinear([base.weight for base in bases], [base.bias for base in bases])  # type: ignore[misc]
+        self._packed = PackedLinear([base.weight for base in bases], [base.bias for base in bases])
         self._adapted: list[tuple[LoraLinear, slice]] = []
         start = 0
         for linear, base in zip(linears, bases, strict=True):
-            stop = start + int(base.weight.shape[0])  # type: ignore[union-attr]
+            stop = start + int(base.weight.shape[0])
             if isinstance(linear, LoraLinear):
                 self._adapted.append((linear, slice(start, stop)))
             start = stop
@@ -96,19 +96,19 @@ class Projection:
 class PackedLayer:
     """One decoder layer of the Llama kind."""
 
-    def __init__(self, layer: nn.Module, index: int, head_dim: int) -> None:
+    def __init__(self, layer: Any, index: int, head_dim: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.head_dim = index, head_dim
-        self.scaling: float = attention.scaling  # type: ignore[union-attr, assignment]
-        self.window: int | None = getattr(attention, "sliding_window", None)  # type: ignore[assignment]
-        parts = [attention.q_proj, attention.k_proj, attention.v_proj]  # type: ignore[union-attr]
+        self.scaling: float = attention.scaling
+        self.window: int | None = getattr(attention, "sliding_window", None)
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [_out_features(part) // head_dim for part in parts]
         self.heads, self.kv_heads = heads[0], heads[1]
         self.qkv = Projection(*parts)
-        self.output = Projection(attention.o_proj)  # type: ignore[union-attr]
-        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)  # type: ignore[union-attr]
-        self.down = Projection(mlp.down_proj)  # type: ignore[union-attr]
-        self.width = _out_features(mlp.gate_proj)  # type: ignore[union-attr]
+        self.output = Projection(attention.o_proj)
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
+        self.down = Projection(mlp.down_proj)
+        self.width = _out_features(mlp.gate_proj)
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
@@ -143,16 +143,16 @@ class PackedBody:
     """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        base = model.base_model
+        base: Any = model.base_model
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
-        head_dim = base.layers[0].self_attn.head_dim  # type: ignore[index, union-attr]
-        self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]  # type: ignore
+        head_dim = base.layers[0].self_attn.head_dim
+        self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
     ) -> Tensor:
-        x = self._embed(input_ids)  # type: ignore[operator]
-        cos, sin = self._rotary(x[None], position_ids[None])  # type: ignore[operator]
+        x = self._embed(input_ids)
+        cos, sin = self._rotary(x[None], position_ids[None])
         half = cos.shape[-1] // 2  # the second half repeats the first
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         for layer in self._layers:
@@ -192,18 +192,17 @@ def _try(body: Body, spec: KvSpec) -> Tensor:
     return body(ids, ids, CacheContext(ids, Slots(spec), none, none, [Span(0, TRIED, store, 0)], []), ())
 
 
-def _out_features(linear: nn.Module) -> int:
-    return int(linear.out_features)  # type: ignore[arg-type]
+def _out_features(linear: Any) -> int:
+    return int(linear.out_features)
 
 
-def _norm(x: Tensor, norm: nn.Module | None) -> Tensor:
+def _norm(x: Tensor, norm: Any) -> Tensor:
     """Root-mean-square norm over the last dimension."""
-    assert norm is not None
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), halves as transformers pairs them. x [tokens, heads, dim]."""
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), paired as in transformers. x [tokens, heads, dim]."""
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half:]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -200,7 +200,8 @@ class PrefixTree:
 
     def _remove(self, node: Node) -> int:
         assert node.parent is not None
-        assert not (node.children or node.users)
+        assert not node.children
+        assert not node.users
         del node.parent.children[int(node.tokens[0])]
         size = len(node.tokens) * self.spec.bytes_per_token
         self.bytes -= size

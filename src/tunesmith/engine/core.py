@@ -61,11 +61,11 @@ class Core:
         """All that wait or run."""
         return [*self.scheduler.waiting, *self.scheduler.running]
 
-    def submit(self, generation: Generation) -> None:
-        """Put a generation in the queue. Raises BusyError where it is full."""
-        if len(self.scheduler.waiting) >= self.settings.max_waiting:
-            raise BusyError(f"{self.settings.max_waiting} requests are waiting already; ask again later")
-        self.scheduler.waiting.append(generation)
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Put the generations of a request in the queue. Raises BusyError where it is full; then none is in it."""
+        if len(self.scheduler.waiting) + len(generations) > self.settings.max_waiting:
+            raise BusyError(f"{len(self.scheduler.waiting)} requests are waiting already; ask again later")
+        self.scheduler.waiting.extend(generations)
 
     def cancel(self, generation: Generation) -> None:
         """End a generation now; what it has generated stands."""

@@ -129,9 +129,9 @@ class Engine:
         """Answer one request piece by piece; leaving the loop cancels it. Raises InputError."""
         self._begin()
         pending = self._pending(request, streaming=True)
+        with self._lock:
+            self._core.submit(pending.generations)
         try:
-            with self._lock:
-                self._submit(pending)
             while not pending.finished:
                 self._step(pending)
                 yield from pending.deltas(self._completer)
@@ -193,7 +193,7 @@ class Engine:
                         more = False
                         break
                     with self._lock:
-                        self._submit(pending)
+                        self._core.submit(pending.generations)
                     open_ones.append(pending)
                 if open_ones:
                     self._step(open_ones[0])
@@ -212,10 +212,6 @@ class Engine:
         """Weights in memory may have changed since the last call, so nothing computed with them is kept."""
         if self._live and self._core.idle:
             self._core.reset()
-
-    def _submit(self, pending: Pending) -> None:
-        for generation in pending.generations:
-            self._core.submit(generation)
 
     def _abandon(self, pendings: Sequence[Pending]) -> None:
         with self._lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Held:
 
 
 class Slabs:
-    """Memory for every layer's `Kept`: taken by a forward, given back by its backward, so pages are touched once a run."""
+    """Memory for every layer's `Kept`, given back by the backward: its pages are touched once a run."""
 
     def __init__(self, widths: Sequence[int], layers: int, like: Tensor) -> None:
         self.widths, self.layers, self.like = widths, layers, like
@@ -61,7 +62,7 @@ class FusedDecoder:
     """The body of a model whose every linear is a LoraLinear, with one adapter merged in. Float32 or float64, CPU."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[FusedLayer]) -> None:
-        body = model.base_model
+        body: Any = model.base_model
         self.model, self.layers = model, list(layers)
         self.embedding, self.rotary = body.embed_tokens, body.rotary_emb
         self.norm = norm_of(body.norm)
@@ -137,7 +138,7 @@ class FusedDecoder:
 
 def fuse(model: PreTrainedModel, adapter: str) -> FusedDecoder | None:
     """The fused form of a model with this adapter, or None where its structure is another."""
-    body = model.base_model
+    body: Any = model.base_model
     if _parts(body) != BODY_PARTS or model.device.type != "cpu":
         return None
     layers = [_fuse_layer(i, layer, adapter) for i, layer in enumerate(body.layers)]
@@ -148,11 +149,11 @@ def fuse(model: PreTrainedModel, adapter: str) -> FusedDecoder | None:
     return FusedDecoder(model, found)
 
 
-def norm_of(module: nn.Module) -> Norm:
-    return Norm(module.weight.detach(), float(module.variance_epsilon))  # type: ignore[union-attr, arg-type]
+def norm_of(module: Any) -> Norm:
+    return Norm(module.weight.detach(), float(module.variance_epsilon))
 
 
-def _fuse_layer(index: int, layer: nn.Module, adapter: str) -> FusedLayer | None:
+def _fuse_layer(index: int, layer: Any, adapter: str) -> FusedLayer | None:
     parts = {name for name in _parts(layer) if not name.startswith("resid_")}  # Phi-3's dropouts, idle outside training
     if parts != LAYER_PARTS:
         return None
@@ -164,11 +165,11 @@ def _fuse_layer(index: int, layer: nn.Module, adapter: str) -> FusedLayer | None
     o, down = _linears(attention, "o_proj"), _linears(mlp, "down_proj")
     if not (qkv and gate_up and o and down):
         return None
-    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    head_dim = int(attention.head_dim)
     stack = Stack(qkv, adapter)
     heads = o[0].in_features // head_dim
     geometry = Geometry(heads, (stack.out_features // head_dim - heads) // 2, head_dim, down[0].in_features)
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     if any(n is not None and not hasattr(n, "variance_epsilon") for n in norms):
         return None
     return FusedLayer(

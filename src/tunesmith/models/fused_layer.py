@@ -36,7 +36,7 @@ class Attention(Protocol):
         d_out: Tensor,
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Writes the gradients of q, k and v into `grads`. `forward`: q, k, v, the output, and what forward returned."""
+        """Writes the gradients of q, k, v into `grads`. `forward`: q, k, v, the output, what forward returned."""
         ...
 
 

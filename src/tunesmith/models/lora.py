@@ -109,7 +109,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         flat, weight, a, b, thin = ctx.saved_tensors
         dy = upstream[0].reshape(len(flat), -1)
         g = (dy @ b).mul_(ctx.scaling)

@@ -1,7 +1,9 @@
 """Linears that read the same input, computed as one product, with one adapter merged in.
 
-    q, k, v:    y = x (W + s B A)^T        W + s B A is written into a buffer just before use: with a few hundred rows
-    gate, up:                              it costs less than the adapter's own two thin products, and is exact to rounding
+    y = x (W + s B A)^T      for q, k, v together, and for gate and up
+
+W + s B A is written into a buffer just before use: for a few hundred rows that costs less than the adapter's own two
+thin products, and is exact to rounding.
 
 The base's weights stay where they are. Only adapters learn here: their gradients need x, dy and the thin products
 h = x A^T and g = s dy B:  dA = g^T x,  dB = s dy^T h.

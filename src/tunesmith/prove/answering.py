@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,9 @@ from tunesmith.types import Message
 
 if TYPE_CHECKING:
     from tunesmith.engine.request import Answer
+
+
+Progress = Callable[[int, int], None]  # (answered, of how many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +60,15 @@ class Model(Protocol):
         """Names everything the reply depends on; None where that isn't known and nothing may be remembered."""
         ...
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
-        """One reply a prompt, in order."""
+    def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
+        """One reply a prompt, in order; `progress` is told as they come."""
         ...
 
 
 class AnsweringEngine(Protocol):
     """The part of `tunesmith.Engine` that proving needs; a scripted fake stands in for it in tests."""
 
-    def generate(self, requests: list[Request]) -> list[Answer]: ...
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Answer]: ...
 
     def logprobs(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None
@@ -121,7 +124,7 @@ class EngineModel:
             return None
         return _sha256([self.weights.hash, self.prompt_ids(prompt), self.max_tokens, self.schema])
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
+    def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
         """One greedy reply a prompt. A prompt that leaves no room for an answer fails by itself, not the batch."""
         replies: dict[int, Reply] = {}
         requests: dict[int, Request] = {}
@@ -135,7 +138,7 @@ class EngineModel:
                 requests[place] = self._request(prompt, room)
         if requests:
             began = time.perf_counter()
-            answers = self.weights.engine.generate(list(requests.values()))
+            answers = self.weights.engine.generate(list(requests.values()), progress)
             seconds = (time.perf_counter() - began) / len(requests)
             for place, answer in zip(requests, answers, strict=True):
                 replies[place] = Reply(
@@ -159,13 +162,15 @@ class ReplyCache:
         if path is not None and path.exists():
             self._read(path)
 
-    def answer(self, model: Model, prompts: Sequence[Prompt]) -> list[Reply]:
+    def answer(self, model: Model, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
         """Replies from memory where the model has answered the same before, and from the model where not."""
         keys = [model.fingerprint(prompt) for prompt in prompts]
         replies = [self._replies.get(key) if key is not None else None for key in keys]
         unanswered = [place for place, reply in enumerate(replies) if reply is None]
         if unanswered:
-            fresh = model.answer([prompts[place] for place in unanswered])
+            known = len(prompts) - len(unanswered)
+            tell = None if progress is None else lambda done, of: progress(known + done, len(prompts))
+            fresh = model.answer([prompts[place] for place in unanswered], tell)
             for place, reply in zip(unanswered, fresh, strict=True):
                 replies[place] = reply
             self._remember({keys[place]: replies[place] for place in unanswered})

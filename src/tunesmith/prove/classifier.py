@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.prove.answering import Reply, ReplyCache
+from tunesmith.prove.answering import Progress, Reply, ReplyCache
 from tunesmith.prove.task import question
 from tunesmith.types import Item
 
@@ -21,7 +21,7 @@ class Classifier:
     kind: str = "classifier"
     _pipeline: Any = None
 
-    def answer(self, items: Sequence[Item], cache: ReplyCache) -> list[Reply]:
+    def answer(self, items: Sequence[Item], cache: ReplyCache, progress: Progress | None = None) -> list[Reply]:
         """The most probable label of each item. Fitting costs a second, so nothing is cached."""
         if self._pipeline is None:
             self._pipeline = self._fit()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from tunesmith.prove.answering import Model, Prompt, Reply, ReplyCache
+from tunesmith.prove.answering import Model, Progress, Prompt, Reply, ReplyCache
 from tunesmith.types import Item
 
 Kind = Literal["prompt", "retrieval", "tuned", "previous", "endpoint", "classifier"]
@@ -21,8 +21,8 @@ class Contender(Protocol):
     @property
     def kind(self) -> str: ...
 
-    def answer(self, items: Sequence[Item], cache: ReplyCache) -> list[Reply]:
-        """One reply an item, in order."""
+    def answer(self, items: Sequence[Item], cache: ReplyCache, progress: Progress | None = None) -> list[Reply]:
+        """One reply an item, in order; `progress` is told as they come."""
         ...
 
 
@@ -35,5 +35,5 @@ class Prompted:
     model: Model
     write: Callable[[Item], Prompt]
 
-    def answer(self, items: Sequence[Item], cache: ReplyCache) -> list[Reply]:
-        return cache.answer(self.model, [self.write(item) for item in items])
+    def answer(self, items: Sequence[Item], cache: ReplyCache, progress: Progress | None = None) -> list[Reply]:
+        return cache.answer(self.model, [self.write(item) for item in items], progress)

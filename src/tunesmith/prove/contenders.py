@@ -194,6 +194,12 @@ class Bench:
         return True
 
 
+def earlier_names(prove: Prove) -> list[str]:
+    """The recipe's contenders that must be runs or adapters: the caller loads them and gives them in `tuned`."""
+    plain = dict.fromkeys(name.removesuffix("+schema") for name in prove.contenders if not is_endpoint(name))
+    return [name for name in plain if name not in BUILT_IN]
+
+
 def contender_names(prove: Prove, task: Task) -> list[str]:
     """The recipe's contenders; a list left at its default grows by tfidf for labels and +schema where there is one."""
     names = list(dict.fromkeys(prove.contenders))

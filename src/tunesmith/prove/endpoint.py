@@ -15,7 +15,7 @@ from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.home import offline
-from tunesmith.prove.answering import Prompt, Reply, failed
+from tunesmith.prove.answering import Progress, Prompt, Reply, failed
 from tunesmith.prove.task import canonical
 
 RETRIED_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
@@ -43,14 +43,19 @@ class Endpoint:
         """The model, where it lives, and all it is asked."""
         return "endpoint " + canonical([self.name, _messages(prompt), list(prompt.tools), self.max_tokens])
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[Reply]:
+    def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
         """One reply a prompt, a few at a time. Raises InputError where TUNESMITH_OFFLINE forbids asking."""
         if offline():
             raise InputError(
                 f'contender "{self.name}" needs the network, which TUNESMITH_OFFLINE forbids; take it out or unset that'
             )
         with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(self._answer, prompts))
+            replies: list[Reply] = []
+            for reply in pool.map(self._answer, prompts):
+                replies.append(reply)
+                if progress is not None:
+                    progress(len(replies), len(prompts))
+            return replies
 
     def _answer(self, prompt: Prompt) -> Reply:
         if self._failures >= FAILURES_UNTIL_DEAD:

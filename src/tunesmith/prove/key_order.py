@@ -14,7 +14,6 @@ from typing import Any
 
 from tunesmith.prove.json_answers import InvalidJson, parse_json
 
-
 VALUES = ("enum", "const", "default", "examples")  # hold values, not schemas
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.progress import Reporter
-from tunesmith.prove.answering import Reply, ReplyCache
+from tunesmith.prove.answering import Progress, Reply, ReplyCache
 from tunesmith.prove.contender import Contender
 from tunesmith.prove.rows import Row
 from tunesmith.prove.scorers import LabelReader, Scorer
@@ -17,7 +17,7 @@ from tunesmith.prove.statistics import standard_error
 from tunesmith.prove.task import question
 from tunesmith.types import Item
 
-AT_ONCE = 48  # items in one call of the engine; rows are written after each
+AT_ONCE = 96  # items in one call of the engine; rows are written after each
 FIRST_LOOK = 48  # then after 96, 192, 384, ...
 DECIDED_BY = 0.10
 SHOWN_INPUT = 4000  # characters of a question kept in items.jsonl, for the page
@@ -94,25 +94,35 @@ def _run(
     reporter: Reporter,
 ) -> list[Row]:
     rows: list[Row] = []
-    look, main = FIRST_LOOK, plan.scorers[0].name
-    for start in range(0, len(items), AT_ONCE):
-        batch = items[start : start + AT_ONCE]
-        replies = contender.answer(batch, cache)
+    look, main, detail = FIRST_LOOK, plan.scorers[0].name, contender.name
+    while len(rows) < len(items):
+        end = len(rows) + AT_ONCE if reference is None else min(look, len(rows) + AT_ONCE)
+        batch = items[len(rows) : end]
+        replies = contender.answer(batch, cache, _part_of(reporter, len(rows), len(items), detail))
         fresh = [_row(contender, item, reply, plan) for item, reply in zip(batch, replies, strict=True)]
         rows += fresh
         if out is not None:
             with out.open("a", encoding="utf-8") as file:
                 file.writelines(row.to_line() for row in fresh)
         scores = [row.scores[main] or 0.0 for row in rows]
-        reporter.advance(len(rows), len(items), f"{contender.name}: {main} {sum(scores) / len(scores):.2f}")
-        if len(rows) >= look:
+        detail = f"{contender.name}: {main} {sum(scores) / len(scores):.2f}"
+        reporter.advance(len(rows), len(items), detail)
+        if reference is not None and len(rows) == look < len(items):
             look *= 2
-            if reference is not None and len(rows) < len(items) and lost(rows, reference, main):
-                reporter.say(
-                    f"{contender.name} has lost decidedly after {len(rows)} of {len(items)} items; it stops here"
-                )
+            if lost(rows, reference, main):
+                reporter.say(f"{contender.name} has lost after {len(rows)} of {len(items)} items; it stops here")
                 break
     return rows
+
+
+def _part_of(reporter: Reporter, before: int, total: int, detail: str) -> Progress:
+    """A batch's progress as part of the whole; its end is told once its rows are scored."""
+
+    def tell(done: int, of: int) -> None:
+        if done < of:
+            reporter.advance(before + done, total, detail)
+
+    return tell
 
 
 def _row(contender: Contender, item: Item, reply: Reply, plan: Plan) -> Row:

@@ -95,6 +95,8 @@ def python_grader(path: Path) -> Scorer:
 def _safely(scorer: Scorer, output: str, item: Item, faults: dict[str, str]) -> float:
     try:
         value = float(scorer.grade(output, item))
+    except InputError:  # a grading model that isn't known, or may not be reached: no row's fault
+        raise
     except Exception as error:  # a user's grader may raise anything; one row's fault must not end the proof
         faults[scorer.name] = f"{type(error).__name__}: {error}"[:300]
         return 0.0

@@ -1,4 +1,4 @@
-"""Which way a model's body is run: fused where it has that shape and the numbers agree, else through its own modules."""
+"""How a model's body is run: fused where it has that shape and the numbers agree, else through its own modules."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class _FusedPass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         attention, held, inputs = ctx.attention, ctx.held, ctx.inputs
         assert held is not None, "a fused pass has one backward"
         recorded, layers = upstream[1:], len(ctx.decoder.layers)

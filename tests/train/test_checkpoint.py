@@ -1,0 +1,77 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from tunesmith.train.checkpoint import MANIFEST, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from tunesmith.train.loop import Progress, TrainState
+
+
+def state(step, **progress):
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
+    return TrainState(
+        Progress(step=step, **progress), tensors, {"a.step": torch.tensor(float(step))}, {"cpu": torch.get_rng_state()}
+    )
+
+
+def test_what_was_saved_comes_back_to_the_bit(tmp_path):
+    saved = state(3, best_step=2, best_loss=0.1 + 0.2, skipped=1)
+    save_checkpoint(tmp_path, saved)
+    loaded = load_newest(tmp_path)
+    assert loaded.progress == saved.progress
+    for part in ("parameters", "optimizer", "random"):
+        before, after = getattr(saved, part), getattr(loaded, part)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_only_safetensors_and_json_are_written(tmp_path):
+    path = save_checkpoint(tmp_path, state(1))
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest", "other format"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
+    save_checkpoint(tmp_path, state(1))
+    newest = save_checkpoint(tmp_path, state(2))
+    file, manifest = newest / "parameters.safetensors", newest / MANIFEST
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-3])
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:-9])
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    assert load_checkpoint(newest) is None
+    assert load_newest(tmp_path).progress.step == 1
+    shutil.rmtree(tmp_path / "step-1")
+    assert load_newest(tmp_path) is None
+
+
+def test_a_write_that_was_cut_off_leaves_no_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, state(1))
+    (tmp_path / ".step-2.partial").mkdir()
+    (tmp_path / "step-x").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-1"]
+    save_checkpoint(tmp_path, state(2))
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_the_newest_few_and_the_best_are_kept(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, dataclasses.replace(state(step, best_step=2)), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-5", "step-4", "step-2"]
+
+
+def test_no_checkpoints_at_all(tmp_path):
+    assert load_newest(tmp_path / "nowhere") is None
