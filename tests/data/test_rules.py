@@ -275,6 +275,14 @@ def test_near_leak(tmp_path):
     assert "held_out.jsonl line 21" in found(report, "near-leak")[0].reason
 
 
+def test_a_near_leak_with_another_answer_warns(tmp_path):
+    rows = varied(80)
+    near = {"input": rows[7]["input"].replace("Please", "Kindly"), "output": "quite another answer"}
+    report = checked(tmp_path, rows, [*varied(100)[80:], near])
+    (finding,) = found(report, "near-leak")
+    assert (finding.severity, finding.lines, report.blocked) == ("warn", (8,), False)
+
+
 def test_no_leak(tmp_path):
     rows = varied(100)
     assert not {f.rule for f in checked(tmp_path, rows[:80], rows[80:]).findings} & {"split-leak", "near-leak"}

@@ -132,6 +132,28 @@ def test_errors_about_adapters_are_sentences(folders: dict[str, Path], tmp_path:
         engine.logprobs([3], [4], adapter="x")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_adapters_beyond_the_memory_limit_are_loaded_when_asked_for(packed: bool, tmp_path: Path) -> None:
+    names = [f"n{i}" for i in range(6)]
+    lora = wrap(build("llama"))
+    for seed, name in enumerate(names):
+        save_adapter(lora, name, tmp_path / name, put(lora, name, 4 + seed, "all-linear", seed), "tiny")
+    roomy, tight = (engine_over(wrap(build("llama")), packed=packed) for _ in range(2))
+    for engine in (roomy, tight):
+        engine._live = False
+        if engine is tight:
+            engine._core.adapters._memory_limit = 120_000  # bytes: two or three of them
+        for name in names:
+            engine.add_adapter(name, tmp_path / name, pinned=name == "n0")
+    requests = [Request(prompt_ids=[n, 9], adapter=names[n % 6], max_tokens=4) for n in range(3, 23)]
+    assert [a.ids for a in tight.generate(requests)] == [a.ids for a in roomy.generate(requests)]
+    loaded = tight._core.adapters._loaded
+    assert len(roomy._core.adapters._loaded) == 6
+    assert 2 <= len(loaded) <= 4
+    assert "n0" in loaded
+    assert tight._core.adapters.bytes <= 120_000
+
+
 def test_the_renderer_and_length_are_at_hand() -> None:
     engine = tiny_engine()
     assert engine.context_length == CONTEXT

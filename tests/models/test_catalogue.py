@@ -13,7 +13,7 @@ from pathlib import Path
 
 import packages
 import pytest
-import tiny
+import tiny_llama as tiny
 from gguf_files import write_model
 
 from tunesmith.errors import InputError

@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-import tiny
+import tiny_llama as tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer

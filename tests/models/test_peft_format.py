@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_llama as tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file

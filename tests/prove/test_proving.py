@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from fakes import FakeEngine, chat_row
 from tunesmith.errors import InputError
 from tunesmith.prove.answering import Weights
 from tunesmith.prove.compare import compare_reports
+from tunesmith.prove.compare_page import render_comparison
 from tunesmith.prove.proving import Options, Voices, prove_items
 from tunesmith.prove.report import report_from_items
 from tunesmith.prove.rows import read_rows
@@ -282,6 +284,9 @@ def test_runs_are_compared_item_by_item(tmp_path):
     assert comparison.common_items == 120
     assert json.dumps(comparison.to_json())
     assert comparison.render().row_count == 4
+    page = render_comparison(replace(comparison, a="<script>a"))
+    assert "<script>" not in page
+    assert "on the 120 held-out items both answered" in page
 
 
 def test_a_sample_is_scored_during_training():

@@ -11,20 +11,20 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tunesmith.engine.attention import CacheContext, Span
 from tunesmith.engine.cache import KvSpec, Slots
-from tunesmith.models.lora import LoraLinear, LoraModel
+from tunesmith.engine.projection import AdapterTables, Mix, PackedLinear, Projection, Segment
+from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import Head
 
-Segment = tuple[str, int, int]  # adapter, first row, one past the last
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
+FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
 TRIED = 5  # tokens on which the bodies are compared
-PACKED_FOR = 64  # rows the packed layout is chosen for; it serves any number
 ROW_STEP = 16  # large batches are filled up to a multiple, since every new size costs oneDNN a fresh kernel
 
 
@@ -52,47 +52,6 @@ class PlainBody:
             self._lora.routing.segments = ()
 
 
-class PackedLinear:
-    """y = x W^T + b over linears that share their input, their weights stacked and laid out for oneDNN."""
-
-    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
-        stacked = torch.cat(weights).contiguous()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(stacked, PACKED_FOR)
-        given = [bias for bias in biases if bias is not None]
-        assert len(given) in (0, len(biases))
-        self.bias = torch.cat(given) if given else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-class Projection:
-    """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
-
-    def __init__(self, *linears: nn.Module) -> None:
-        bases: list[Any] = [each.base if isinstance(each, LoraLinear) else each for each in linears]
-        assert all(isinstance(base, nn.Linear) for base in bases)
-        self._packed = PackedLinear([base.weight for base in bases], [base.bias for base in bases])
-        self._adapted: list[tuple[LoraLinear, slice]] = []
-        start = 0
-        for linear, base in zip(linears, bases, strict=True):
-            stop = start + int(base.weight.shape[0])
-            if isinstance(linear, LoraLinear):
-                self._adapted.append((linear, slice(start, stop)))
-            start = stop
-
-    def __call__(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        y = self._packed(x)
-        for name, start, stop in segments:
-            rows = x[start:stop]
-            for linear, columns in self._adapted:
-                adapter = linear.adapters.get(name)
-                if adapter is not None:
-                    low = torch.mm(rows, adapter.a.t())
-                    y[start:stop, columns].addmm_(low, adapter.b.t(), alpha=adapter.scaling)
-        return y
-
-
 class PackedLayer:
     """One decoder layer of the Llama kind."""
 
@@ -108,17 +67,16 @@ class PackedLayer:
         self.output = Projection(attention.o_proj)
         self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
         self.down = Projection(mlp.down_proj)
+        self.projections = (self.qkv, self.output, self.gate_up, self.down)
         self.width = _out_features(mlp.gate_proj)
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext, segments: tuple[Segment, ...]
-    ) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext, mix: Mix) -> Tensor:
         """x [tokens, hidden], changed in place; cos, sin [tokens, 1, dim / 2]."""
         tokens, split = len(x), self.heads + self.kv_heads
-        qkv = self.qkv(_norm(x, self.before_attention), segments).view(tokens, -1, self.head_dim)
+        qkv = self.qkv(_norm(x, self.before_attention), mix).view(tokens, -1, self.head_dim)
         turning = qkv[:, :split]
         if self.query_norm is not None:
             query, key = _norm(qkv[:, : self.heads], self.query_norm), _norm(qkv[:, self.heads : split], self.key_norm)
@@ -133,9 +91,9 @@ class PackedLayer:
             sliding_window=self.window,
             softcap=None,
         )
-        x += self.output(out.reshape(tokens, -1), segments)
-        gate_up = self.gate_up(_norm(x, self.before_mlp), segments)
-        x += self.down(F.silu(gate_up[:, : self.width]).mul_(gate_up[:, self.width :]), segments)
+        x += self.output(out.reshape(tokens, -1), mix)
+        gate_up = self.gate_up(_norm(x, self.before_mlp), mix)
+        x += self.down(F.silu(gate_up[:, : self.width]).mul_(gate_up[:, self.width :]), mix)
         return x
 
 
@@ -147,6 +105,8 @@ class PackedBody:
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
         head_dim = base.layers[0].self_attn.head_dim
         self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]
+        self.tables = AdapterTables([each for layer in self._layers for each in layer.projections])
+        self._last: tuple[tuple[tuple[Segment, ...], int], Mix] = (((), 0), Mix.of((), 0, {}))
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
@@ -155,9 +115,18 @@ class PackedBody:
         cos, sin = self._rotary(x[None], position_ids[None])
         half = cos.shape[-1] // 2  # the second half repeats the first
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+        mix = self._mix(segments, context.decoding)
         for layer in self._layers:
-            x = layer(x, cos, sin, context, segments)
+            x = layer(x, cos, sin, context, mix)
         return _norm(x, self._norm)
+
+    def _mix(self, segments: tuple[Segment, ...], decoding: int) -> Mix:
+        """Decoding rows are taken one by one where there are few to an adapter."""
+        runs = sum(start < decoding for _, start, _ in segments)
+        key = (segments, decoding if runs * FEW_ROWS > decoding else 0)
+        if key != self._last[0]:
+            self._last = key, Mix.of(*key, self.tables.places)
+        return self._last[1]
 
 
 class PackedHead:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.engine.adapters import Adapters
 from tunesmith.engine.attention import Below, CacheContext, Span
-from tunesmith.engine.body import Body, PackedHead, PlainBody, Segment, packed_body
+from tunesmith.engine.body import Body, PackedHead, PlainBody, packed_body
 from tunesmith.engine.cache import KvSpec, LayerShape, Node
 from tunesmith.engine.generation import Generation
+from tunesmith.engine.projection import Segment
 from tunesmith.engine.request import BusyError
 from tunesmith.engine.sampling import choose
 from tunesmith.engine.scheduler import Chunk, Plan, Scheduler
+from tunesmith.errors import InputError
 from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import head_of
@@ -27,6 +30,7 @@ class Settings:
     """What an engine may take. `packed`: a second copy of the base's weights, laid out for speed, where it has one."""
 
     memory_limit: int  # bytes of keys and values
+    adapter_memory_limit: int
     max_batch: int = 64  # sequences in one step
     step_tokens: int = 256  # tokens in one step; more prompt tokens at once are hardly faster, but make decoding wait
     max_waiting: int = 4096  # sequences in the queue
@@ -36,7 +40,7 @@ class Settings:
 class Core:
     """Runs generations over one model. Not for several threads at once: the caller locks."""
 
-    def __init__(self, lora: LoraModel, settings: Settings) -> None:
+    def __init__(self, lora: LoraModel, name: str, settings: Settings) -> None:
         self.device = lora.model.device
         self.settings = settings
         spec = kv_spec(lora)
@@ -44,12 +48,15 @@ class Core:
         self.vocabulary = head.weight.shape[0]
         body = packed_body(lora, spec) if settings.packed else None
         self._body: Body = body or PlainBody(lora)
+        tables = None if body is None else body.tables
+        self.adapters = Adapters(lora, name, tables, settings.adapter_memory_limit)
         self._head = PackedHead(head) if body is not None else head
         self.scheduler = Scheduler(
             spec,
             memory_limit=settings.memory_limit,
             max_batch=settings.max_batch,
             step_tokens=settings.step_tokens,
+            ready=self.adapters.ready,
         )
 
     @property
@@ -73,9 +80,18 @@ class Core:
             generation.finish_reason = "cancelled"
             self.scheduler.leave(generation)
 
-    def forget(self, cache_key: object) -> None:
-        """Drop what was computed with an adapter; nothing of it may be running."""
-        self.scheduler.tree.forget(cache_key)
+    @property
+    def busy(self) -> set[str]:
+        """The adapters of all generations."""
+        return {generation.adapter for generation in self.generations if generation.adapter is not None}
+
+    def remove_adapter(self, name: str) -> None:
+        """Drop an adapter and what was computed with it. Raises InputError where it is unknown or in use."""
+        key = self.adapters.key(name)
+        if name in self.busy:
+            raise InputError(f'adapter "{name}" is answering requests; remove it when they are done')
+        self.scheduler.tree.forget(key)
+        self.adapters.remove(name)
 
     def reset(self) -> None:
         """Cancel everything and start with an empty cache."""

@@ -18,7 +18,6 @@ from types import TracebackType
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.chat.renderer import Renderer
-from tunesmith.engine.adapters import Adapters
 from tunesmith.engine.completer import Completer, Limits, PromptRenderer
 from tunesmith.engine.constraint import Grammars
 from tunesmith.engine.core import Core, Settings
@@ -32,12 +31,6 @@ from tunesmith.tree.body import prepare
 
 MAX_BATCH = 64  # sequences in one step
 AT_ONCE = 256  # requests of one call that are in the engine at a time
-
-
-def default_memory_limit() -> int:
-    """Bytes for keys and values: an eighth of the machine's memory, between 256 MB and 2 GB."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(max(total // 8, 256 << 20), 2 << 30)
 
 
 class Engine:
@@ -56,16 +49,18 @@ class Engine:
         dtype: Dtype = "auto",
         device: Device | str = "auto",
         memory_limit: int | None = None,
+        adapter_memory_limit: int | None = None,
         max_batch: int = MAX_BATCH,
     ) -> None:
         """`model` is a catalogue name, hub id, folder or .gguf file; adapters are PEFT-format folders by name.
 
-        `system` is the system prompt of conversations without one; `memory_limit` bounds keys and values, in bytes.
+        `system` is the system prompt of conversations without one; `memory_limit` bounds keys and values,
+        `adapter_memory_limit` the adapters in memory, in bytes.
         Raises InputError.
         """
         base = load_base(str(model), revision=revision, dtype=dtype, device=device)
         renderer = Renderer.from_tokenizer(base.tokenizer, default_system=system, stop_ids=base.stop_ids)
-        settings = Settings(memory_limit or default_memory_limit(), max_batch)
+        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True)
         self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, settings)
         for name, folder in (adapters or {}).items():
             self.add_adapter(name, folder)
@@ -90,7 +85,7 @@ class Engine:
         `stream` or `logprobs` starts with an empty cache.
         """
         engine = cls.__new__(cls)
-        settings = Settings(memory_limit or default_memory_limit(), max_batch, packed=packed)
+        settings = _settings(memory_limit, None, max_batch, packed)
         engine._start(lora, renderer, tokenizer, context_length, name, settings)
         engine._live = True
         return engine
@@ -110,8 +105,7 @@ class Engine:
         self.renderer, self.context_length, self.name = renderer, context_length, name
         self._live = False
         self._lock = threading.Lock()
-        self._core = Core(lora, settings)
-        self._adapters = Adapters(lora, name)
+        self._core = Core(lora, name, settings)
         vocabulary = self._core.vocabulary
         grammars = Grammars(tokenizer, renderer.stop_ids, vocabulary)
         self._completer = Completer(renderer, Limits(context_length, vocabulary), grammars)
@@ -152,25 +146,25 @@ class Engine:
             scores[pending.index] = pending.generations[0].scores
         return scores
 
-    def add_adapter(self, name: str, folder: str | Path) -> None:
-        """Register a PEFT-format adapter folder under a name. Raises InputError where it does not fit the base."""
+    def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> None:
+        """Register a PEFT-format adapter folder under a name. Raises InputError where it does not fit the base.
+
+        When memory for adapters is short the least recently used is unloaded, and loaded again when it is asked for;
+        a `pinned` one stays.
+        """
         with self._lock:
-            self._adapters.add(name, Path(folder))
+            self._core.adapters.add(name, Path(folder), pinned, self._core.busy)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and all that was computed with it. Raises InputError if unknown or answering just now."""
         with self._lock:
-            key = self._adapters.key(name)
-            if any(generation.adapter == name for generation in self._core.generations):
-                raise InputError(f'adapter "{name}" is answering requests; remove it when they are done')
-            self._core.forget(key)
-            self._adapters.remove(name)
+            self._core.remove_adapter(name)
 
     def close(self) -> None:
         """Cancel what is running and free the cache; adapters are taken off the model."""
         with self._lock:
             self._core.reset()
-            self._adapters.clear()
+            self._core.adapters.clear()
 
     def __enter__(self) -> Engine:
         return self
@@ -212,6 +206,7 @@ class Engine:
         """Weights in memory may have changed since the last call, so nothing computed with them is kept."""
         if self._live and self._core.idle:
             self._core.reset()
+            self._core.adapters.refresh()
 
     def _abandon(self, pendings: Sequence[Pending]) -> None:
         with self._lock:
@@ -220,7 +215,7 @@ class Engine:
                     self._core.cancel(generation)
 
     def _pending(self, request: Request, index: int = 0, streaming: bool = False) -> Pending:
-        key = self._adapters.key(request.adapter)
+        key = self._core.adapters.key(request.adapter)
         generations = self._completer.generations(request, key)
         return Pending(index, generations, [self._completer.tracker(request, streaming, g) for g in generations])
 
@@ -228,6 +223,13 @@ class Engine:
         self._completer.check_tokens(prompt, "prompt")
         ids = [*prompt, *answer]
         self._completer.check_tokens(ids, "prompt with its answer")
-        key = self._adapters.key(adapter)
+        key = self._core.adapters.key(adapter)
         generation = Generation(ids, 0, adapter=adapter, cache_key=key, scored_from=len(prompt))
         return Pending(index, [generation], [None])
+
+
+def _settings(memory_limit: int | None, adapter_memory_limit: int | None, max_batch: int, packed: bool) -> Settings:
+    """Limits not given: an eighth of the machine's memory each, between 256 MB and 2 GB."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    usual = min(max(total // 8, 256 << 20), 2 << 30)
+    return Settings(memory_limit or usual, adapter_memory_limit or usual, max_batch, packed=packed)

@@ -8,6 +8,7 @@ them goes into the prefix tree and is computed once, the rest into a slot of its
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from tunesmith.engine.cache import KvSpec, Node, PrefixTree, Slots, shared_length
@@ -51,7 +52,17 @@ class Plan:
 class Scheduler:
     """Owns the queue, the running sequences and the cache they share."""
 
-    def __init__(self, spec: KvSpec, *, memory_limit: int, max_batch: int, step_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: KvSpec,
+        *,
+        memory_limit: int,
+        max_batch: int,
+        step_tokens: int,
+        ready: Callable[[str, Set[str]], bool],
+    ) -> None:
+        """`ready(adapter, busy)` sees that an adapter is in memory; False if it must wait for one of the `busy`."""
+        self._ready = ready
         self.tree, self.slots = PrefixTree(spec), Slots(spec)
         self.memory_limit, self.max_batch, self.step_tokens = memory_limit, max_batch, step_tokens
         self.waiting: deque[Generation] = deque()
@@ -141,6 +152,9 @@ class Scheduler:
 
     def _admit(self, generation: Generation) -> bool:
         """Place a waiting sequence; False if memory lacks and it must wait for others to leave."""
+        busy = {g.adapter for g in self.running if g.adapter is not None}
+        if generation.adapter is not None and not self._ready(generation.adapter, busy):
+            return False
         tokens = generation.tokens
         root = self.tree.root(generation.cache_key)
         cut = self._shared(generation)

@@ -41,19 +41,12 @@ def write_page(run: Run, report: Report) -> Path:
 
 def render_page(run: Run, report: Report) -> str:
     """The page as a string."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    style, script = (PARTS / "page.css").read_text("utf-8"), (PARTS / "page.js").read_text("utf-8")
+    script = (PARTS / "page.js").read_text("utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.filters |= {"points": points, "title_of": title, "number": _number}
-    return environment.get_template("page.html.jinja").render(
+    return fill(
+        "page.html.jinja",
         report=report,
         name=run.name,
-        style=Markup(style),
         script=Markup(script),
         script_hash=allowed,
         headline=HEADLINES[report.verdict.decision],
@@ -69,6 +62,19 @@ def render_page(run: Run, report: Report) -> str:
         lineage=_flat(_optional(run.lineage)),
         recipe=run.recipe.read_text("utf-8") if run.recipe.is_file() else "",
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template of the page folder with values, all of them escaped that aren't Markup."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PARTS), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"points": points, "title_of": title, "number": _number}
+    style = Markup((PARTS / "page.css").read_text("utf-8"))
+    return environment.get_template(template).render(style=style, **values)
 
 
 def _headline_figures(report: Report) -> dict[str, Any]:

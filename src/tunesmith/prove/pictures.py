@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 WIDTH = 960
 ROW = 40
 LABELS = 210  # room for contender names on the left
+LONGEST_NAME = 24  # characters that fit there; an endpoint's URL does not
 VALUES = 230  # room for numbers on the right
 
 
@@ -90,7 +91,8 @@ def difference(mean: float, low: float, high: float, reach: float) -> Markup:
 
 
 def _rung(rung: Rung, y: float) -> Markup:
-    name = _text(f"name {rung.tone}", LABELS - 18, y + 5, rung.name, "end")
+    shown = rung.name if len(rung.name) <= LONGEST_NAME else rung.name[: LONGEST_NAME - 1] + "…"
+    name = _text(f"name {rung.tone}", LABELS - 18, y + 5, shown, "end")
     if rung.mean is None:
         return name + _text("note", LABELS, y + 5, rung.note or "nothing could be scored", "start")
     low, mean, high = _x(rung.low), _x(rung.mean), _x(rung.high)

@@ -85,7 +85,7 @@ def length_shift(material: Material) -> Iterator[Note]:
     from scipy.stats import ks_2samp
 
     count = len(material.train)
-    numbers = sorted(set(np.unique(material.same, return_index=True)[1].tolist()))  # each distinct input once
+    numbers = _distinct(material)
     for what, texts in (("inputs", material.inputs), ("answers", material.answers)):
         train = sorted(len(texts[n]) for n in numbers if n < count)
         held_out = sorted(len(texts[n]) for n in numbers if n >= count)
@@ -100,8 +100,9 @@ def length_shift(material: Material) -> Iterator[Note]:
 
 def vocabulary_shift(material: Material) -> Iterator[Note]:
     """Held-out words that are never trained on, beyond what holding out any rows would give."""
-    count = len(material.train)
-    train, held_out = _sampled(material.inputs[:count]), _sampled(material.inputs[count:])
+    count, numbers = len(material.train), _distinct(material)
+    train = _sampled([material.inputs[n] for n in numbers if n < count])
+    held_out = _sampled([material.inputs[n] for n in numbers if n >= count])
     if min(len(train), len(held_out)) < FEWEST:
         return
     # What share of a row's words is new anyway: ask it of as many training rows about the others.
@@ -111,6 +112,11 @@ def vocabulary_shift(material: Material) -> Iterator[Note]:
     if found > usual + APART:
         reason = f"{found:.0%} of the words in held-out inputs are never trained on; {usual:.0%} would be expected"
         yield Note("vocabulary-shift", "warn", reason, "draw both from the same source")
+
+
+def _distinct(material: Material) -> list[int]:
+    """The first row of each distinct input: copies say nothing new about either side."""
+    return sorted(np.unique(material.same, return_index=True)[1].tolist())
 
 
 def _sampled(texts: Sequence[str]) -> list[list[str]]:

@@ -30,7 +30,8 @@ def duplicates(material: Material) -> Iterator[Note]:
     leak = random_split_leak(material.same, _fraction(material))
     reason = (
         f"{wording.rows(sources)} of {len(material.rows):,} repeat an earlier row ({len(first):,} are distinct); "
-        f"a random split would leak {leak:.0%} of its held-out rows into training, this one keeps copies together"
+        f"a random split would leak {leak:.0%} of its held-out rows into training"
+        f"{'' if isinstance(material.data.held_out, str) else ', this one keeps copies together'}"
     )
     remedy = "remove the copies (--fix does), or say by a weight that they should count more"
     yield Note("duplicates", "warn", reason, remedy, sources, remove=sources)
@@ -64,16 +65,31 @@ def split_leak(material: Material) -> Iterator[Note]:
         reason = f"{copied:,} of {len(held_out):,} held-out rows have their input among the training rows too"
         sources = material.sources(exact)
         yield Note("split-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
-    clusters = {near_to[n]: n for n in held_out}
-    near = [n for n in train if near_to[n] in clusters and same[n] not in known]
-    if near:
-        example, other = near[0], clusters[near_to[near[0]]]
-        sources = material.sources(near)
-        reason = (
-            f"{wording.rows(sources)} trained on nearly equal a held-out row: {quote(material.inputs[example])} and, "
-            f"held out at {material.rows[other].source}, {quote(material.inputs[other])}"
-        )
-        yield Note("near-leak", "block", reason, NEAR_REMEDY, sources, remove=sources)
+    yield from _near_leaks(material, [n for n in train if same[n] not in known], held_out)
+
+
+def _near_leaks(material: Material, train: list[int], held_out: range) -> Iterator[Note]:
+    """Blocking where the answer is the same too. Where it differs, as in filled-in templates, it is still to be found."""
+    near_to = material.near.tolist()
+    clusters: dict[int, dict[str, int]] = defaultdict(dict)
+    for n in held_out:
+        clusters[near_to[n]].setdefault(normalise(material.answers[n]), n)
+    twins: list[tuple[int, int]] = []
+    cousins: list[tuple[int, int]] = []
+    for n in train:
+        if answers := clusters.get(near_to[n]):
+            twin = answers.get(normalise(material.answers[n]))
+            (cousins if twin is None else twins).append((n, next(iter(answers.values())) if twin is None else twin))
+    for severity, pairs, what in (("block", twins, "with the same answer"), ("warn", cousins, "with another answer")):
+        if pairs:
+            a, b = pairs[0]
+            sources = material.sources([n for n, _ in pairs])
+            reason = (
+                f"{wording.rows(pairs)} trained on nearly equal a held-out row, {what}: {quote(material.inputs[a])} "
+                f"and, held out at {material.rows[b].source}, {quote(material.inputs[b])}"
+            )
+            remove = sources if severity == "block" else ()
+            yield Note("near-leak", severity, reason, NEAR_REMEDY, sources, remove=remove)
 
 
 def group_leak(material: Material) -> Iterator[Note]:

@@ -21,7 +21,8 @@ FOLDS = 5
 FEWEST_ROWS, FEWEST_OF_A_LABEL = 100, 5
 MOST_ROWS = 30_000  # rows looked at, evenly chosen, each by its first characters
 MOST_CHARACTERS = 2_000
-MOST_TRAINED = 8_000  # rows a fold's classifier learns from
+MOST_TRAINED = 4_000  # rows a fold's classifier learns from
+KNOWS = 0.7  # accuracy from which the classifier's opinion counts
 SURE = 0.4  # lead of another label over the given one, as a share of what that label's own rows get
 FAR = 6.0  # robust standard deviations
 ENOUGH = 30
@@ -46,7 +47,7 @@ def likely_wrong_label(material: Material) -> Iterator[Note]:
     chances = _cross_validated(material, numbers, given)
     best, usual = chances.argmax(1), _average_of_own(chances, given)
     most_frequent = max(np.bincount(given)) / len(given)
-    if (best == given).mean() < (1 + most_frequent) / 2:  # it knows too little to be heard
+    if (best == given).mean() < max(KNOWS, (1 + most_frequent) / 2):  # it knows too little to be heard
         return
     lead = chances.max(1) - chances[np.arange(len(given)), given]
     rows = np.flatnonzero((best != given) & (lead >= SURE * usual[best])).tolist()
@@ -68,7 +69,7 @@ def _cross_validated(material: Material, numbers: list[int], given: npt.NDArray[
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    options: dict[str, Any] = {"analyzer": split_words, "sublinear_tf": True, "min_df": 2, "max_features": 20_000}
+    options: dict[str, Any] = {"analyzer": split_words, "sublinear_tf": True, "min_df": 2, "max_features": 5_000}
     features: Any = TfidfVectorizer(**options).fit_transform(
         [material.inputs[n][:MOST_CHARACTERS].casefold() for n in numbers]
     )
@@ -79,7 +80,7 @@ def _cross_validated(material: Material, numbers: list[int], given: npt.NDArray[
         inside, outside = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
         outside = outside[:: -(-len(outside) // MOST_TRAINED) or 1]
         if len(inside) and len(set(given[outside].tolist())) > 1:
-            model = LogisticRegression(C=10.0, max_iter=50, tol=1e-3).fit(features[outside], given[outside])
+            model = LogisticRegression(C=10.0, max_iter=30, tol=1e-3).fit(features[outside], given[outside])
             chances[np.ix_(inside, model.classes_)] = model.predict_proba(features[inside])
     return chances
 

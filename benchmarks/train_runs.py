@@ -1,0 +1,168 @@
+"""One run of one trainer, in a process of its own: what it took and what its losses were, as JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from train_sets import Row, make_rows
+
+from tunesmith.models.loading import load_base
+
+BASE = "smollm2-135m-instruct"
+BATCH, LR = 16, 2e-4
+TRL_ROWS_AT_ONCE = 4  # 16 at once need more than 24 GB
+
+
+def report(losses: list[float], seconds: list[float], tokens: list[int], computed: list[int]) -> dict:
+    """The first step warms up and is left out where there are others."""
+    first = 1 if len(seconds) > 1 else 0
+    return {
+        "losses": losses,
+        "tokens_per_second": sum(tokens[first:]) / sum(seconds[first:]),
+        "computed_per_second": sum(computed[first:]) / sum(seconds[first:]),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def make_adapter(folder: Path) -> None:
+    """The adapter every trainer starts from."""
+    from tunesmith.models.lora import add_new_adapter, wrap
+    from tunesmith.models.peft_format import save_adapter
+    from tunesmith.recipe import Adapter
+
+    lora, section = wrap(load_base(BASE).model), Adapter(rank=16, alpha=32)
+    add_new_adapter(lora, "start", section, seed=0)
+    save_adapter(lora, "start", folder, section, BASE)
+
+
+def run_tunesmith(rows: list[Row], adapter: Path, steps: int) -> dict:
+    from tunesmith.data.batches import Layout, StepPlan
+    from tunesmith.models.lora import wrap
+    from tunesmith.models.peft_format import load_adapter
+    from tunesmith.recipe import Train
+    from tunesmith.train.bodies import make_body
+    from tunesmith.train.loop import Hooks, StepMetrics, train
+    from tunesmith.train.losses import sft
+    from tunesmith.tree.body import prepare
+    from tunesmith.types import TokenizedExample
+
+    model = load_base(BASE).model
+    lora = wrap(model)
+    load_adapter(lora, "tuned", adapter)
+    lora.use("tuned")
+    prepare(model)
+    examples = [
+        TokenizedExample(str(i), np.array(ids, dtype=np.int32), np.array(supervised, dtype=np.float32))
+        for i, (ids, supervised) in enumerate(rows)
+    ]
+    plan = StepPlan(examples, BATCH, steps, 0, False, Layout(token_budget=8192))
+    seen: list[StepMetrics] = []
+    settings = Train(schedule="constant", warmup_ratio=0.0)
+    parameters = dict(lora.parameters("tuned"))
+    train(make_body(model, lora, "tuned"), parameters, plan, sft, settings, lr=LR, hooks=Hooks(on_step=seen.append))
+    return report(
+        [m.loss for m in seen],
+        [m.seconds for m in seen],
+        [m.tokens for m in seen],
+        [m.computed_tokens for m in seen],
+    )
+
+
+def run_trl(rows: list[Row], adapter: Path, steps: int, *, grouped: bool) -> dict:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    base = load_base(BASE)
+    model = PeftModel.from_pretrained(base.model, adapter, is_trainable=True)
+    rows_as_columns = {"input_ids": [ids for ids, _ in rows], "completion_mask": [[int(s) for s in m] for _, m in rows]}
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=TRL_ROWS_AT_ONCE,
+        gradient_accumulation_steps=BATCH // TRL_ROWS_AT_ONCE,
+        max_steps=steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        max_length=None,
+        completion_only_loss=True,
+        train_sampling_strategy="group_by_length" if grouped else "sequential",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    ends: list[float] = []
+    tokens: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            ends.append(time.perf_counter())
+            tokens.append(int(state.num_input_tokens_seen))
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows_as_columns),
+        processing_class=base.tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    each = np.diff([0, *tokens]).tolist()
+    return report(losses, np.diff(ends).tolist(), each, each)
+
+
+def sgemm_peak() -> float:
+    """The most GFLOP/s the machine gives a float32 product: sizes of this model and a square one, best of many."""
+    best = 0.0
+    for rows, inner, columns in ((2048, 2048, 2048), (1920, 576, 3072), (1920, 3072, 576), (1920, 1536, 576)):
+        a, b, out = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
+        for _ in range(20):
+            began = time.perf_counter()
+            torch.mm(a, b, out=out)
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def main() -> None:
+    kind, name, adapter, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    real, sys.stdout = sys.stdout, sys.stderr  # trainers print
+    if kind == "adapter":
+        make_adapter(adapter)
+        result: dict = {}
+    elif kind == "peak":
+        result = {"gflops": sgemm_peak()}
+    else:
+        rows = make_rows(name, load_base(BASE).tokenizer)
+        runs = {
+            "tunesmith": lambda: run_tunesmith(rows, adapter, steps),
+            "trl": lambda: run_trl(rows, adapter, steps, grouped=False),
+            "trl-grouped": lambda: run_trl(rows, adapter, steps, grouped=True),
+        }
+        result = runs[kind]()
+    print(json.dumps(result), file=real)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,204 @@
+"""Linears with packed weights and any mix of adapters over them, for the engine's fast body.
+
+A step's rows use adapters in two ways. Runs of prompt tokens have many rows on one adapter: two thin products. Decoding
+rows have one row each on many adapters, where one product an adapter would be nearly all overhead:
+
+    low[j]  = A[j] x[j]                  one matrix-vector product an adapter, for all linears that share the input
+    y[j]   += sum_r low[j, r] B[j][r]    for all rows at once, ranks of any size: a weighted sum of rows of a table of
+                                         all adapters' B (transposed), which is what embedding_bag computes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.models.lora import LoraLinear, LoraModel
+
+Segment = tuple[str, int, int]  # adapter, first row, one past the last
+PACKED_FOR = 64  # rows the packed layout is chosen for; it serves any number
+FIRST_ROOM = 32  # ranks
+
+
+class PackedLinear:
+    """y = x W^T + b over linears that share their input, their weights stacked and laid out for oneDNN."""
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), PACKED_FOR)
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            pairs = zip(weights, biases, strict=True)
+            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an adapter lies in every table: rows [start, start + rank)."""
+
+    start: int
+    rank: int
+
+
+@dataclass
+class Mix:
+    """Which rows of a step use which adapter. `runs` have many rows each, `singles` one each, from row 0 on.
+
+    A single without adapter has a place of rank 0.
+    """
+
+    runs: tuple[tuple[str, Place, int, int], ...]
+    singles: tuple[tuple[str | None, Place], ...]
+    table_rows: Tensor  # the singles' table rows, one after the other
+    bags: Tensor  # [singles] where each single's begin
+    _picks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place]) -> Mix:
+        """`singles`: how many leading rows are to be taken one by one."""
+        own: list[tuple[str | None, Place]] = [(None, Place(0, 0))] * singles
+        runs = []
+        for name, start, stop in segments:
+            if name not in places:
+                continue
+            for row in range(start, min(stop, singles)):
+                own[row] = (name, places[name])
+            if stop > singles:
+                runs.append((name, places[name], max(start, singles), stop))
+        rows = [place.start + r for _, place in own for r in range(place.rank)]
+        starts = torch.tensor([0, *(place.rank for _, place in own)]).cumsum(0)[:-1]
+        return cls(tuple(runs), tuple(own), torch.tensor(rows, dtype=torch.long), starts)
+
+    def picks(self, linears: int, index: int) -> Tensor:
+        """Where linear `index` of `linears` finds its part of the singles' thin products, which lie adapter by adapter.
+
+        Worked example: 2 linears, ranks 1 and 2 give [a0 a1 | b0 b0 b1 b1]; linear 1 picks 1, 4, 5.
+        """
+        if (linears, index) not in self._picks:
+            starts = [linears * start for start in self.bags.tolist()]
+            ranks = [place.rank for _, place in self.singles]
+            picked = [s + index * rank + r for s, rank in zip(starts, ranks, strict=True) for r in range(rank)]
+            self._picks[linears, index] = torch.tensor(picked, dtype=torch.long)
+        return self._picks[linears, index]
+
+
+class Projection:
+    """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
+
+    def __init__(self, *linears: Any) -> None:
+        bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
+        self._packed = PackedLinear([base.weight for base in bases], [base.bias for base in bases])
+        self._linears: tuple[Any, ...] = linears
+        widths = [base.weight.shape[0] for base in bases]
+        starts = torch.tensor([0, *widths]).cumsum(0).tolist()
+        self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
+        self._tables = [torch.zeros(0, width) for width in widths]  # [room, out]: rows of B^T of all adapters
+        self._downs: dict[str, Tensor] = {}  # scaling * A of all linears, [linears * rank, in]
+
+    @property
+    def numbers_per_rank(self) -> int:
+        """How many numbers an adapter of rank 1 has here."""
+        return sum(linear.in_features + linear.out_features for linear in self._linears)
+
+    def make_room(self, rows: int) -> None:
+        """Tables of `rows` rows at least."""
+        self._tables = [
+            torch.cat((table, table.new_zeros(rows - len(table), table.shape[1]))) for table in self._tables
+        ]
+
+    def put(self, name: str, place: Place) -> None:
+        """Take an adapter over from the linears. Smaller ranks are filled up with zeros."""
+        found = [each.adapters.get(name) if isinstance(each, LoraLinear) else None for each in self._linears]
+        down = torch.zeros(len(found), place.rank, self._linears[0].in_features)
+        for index, weights in enumerate(found):
+            table = self._tables[index][place.start : place.start + place.rank]
+            table.zero_()
+            if weights is not None:
+                rank = weights.a.shape[0]
+                torch.mul(weights.a.detach(), weights.scaling, out=down[index, :rank])
+                table[:rank] = weights.b.detach().t()
+        if any(weights is not None for weights in found):
+            self._downs[name] = down.flatten(0, 1)
+
+    def drop(self, name: str) -> None:
+        self._downs.pop(name, None)
+
+    def __call__(self, x: Tensor, mix: Mix) -> Tensor:
+        y = self._packed(x)
+        for name, place, start, stop in mix.runs:
+            down = self._downs.get(name)
+            if down is not None:
+                low = torch.mm(x[start:stop], down.t())
+                for index, columns in enumerate(self._columns):
+                    own = low[:, index * place.rank : (index + 1) * place.rank]
+                    y[start:stop, columns].addmm_(own, self._tables[index][place.start : place.start + place.rank])
+        if len(mix.table_rows):
+            self._add_singles(x, y, mix)
+        return y
+
+    def _add_singles(self, x: Tensor, y: Tensor, mix: Mix) -> None:
+        count = len(self._columns)
+        low = torch.zeros(count * len(mix.table_rows))
+        pieces = low.split([count * place.rank for _, place in mix.singles])
+        for (name, _), row, piece in zip(mix.singles, x.unbind(0), pieces, strict=False):
+            down = None if name is None else self._downs.get(name)
+            if down is not None:
+                torch.mv(down, row, out=piece)
+        for index, columns in enumerate(self._columns):
+            weights = low if count == 1 else low.index_select(0, mix.picks(count, index))
+            added = torch.embedding_bag(self._tables[index], mix.table_rows, mix.bags, False, 0, False, weights)
+            y[: len(mix.singles), columns] += added[0]
+
+
+class AdapterTables:
+    """Gives adapters their place in all projections' tables."""
+
+    def __init__(self, projections: Sequence[Projection]) -> None:
+        self._projections = projections
+        self.places: dict[str, Place] = {}
+        self._room = 0
+
+    def bytes_for(self, rank: int) -> int:
+        """What an adapter takes."""
+        return 4 * rank * sum(projection.numbers_per_rank for projection in self._projections)
+
+    def put(self, name: str, lora: LoraModel) -> None:
+        """Take over (again) the weights that the model's LoRA layers have under a name."""
+        rank = rank_of(lora, name)
+        place = self.places.get(name)
+        if place is None or place.rank != rank:
+            self.drop(name)
+            place = Place(self._free(rank), rank)
+        for projection in self._projections:
+            projection.put(name, place)
+        self.places[name] = place
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter; its place is given to the next that fits."""
+        if self.places.pop(name, None) is not None:
+            for projection in self._projections:
+                projection.drop(name)
+
+    def _free(self, rank: int) -> int:
+        """The first gap of `rank` rows; the tables grow where there is none."""
+        end = 0
+        for place in sorted(self.places.values(), key=lambda p: p.start):
+            if place.start - end >= rank:
+                return end
+            end = place.start + place.rank
+        if end + rank > self._room:
+            self._room = max(FIRST_ROOM, self._room * 3 // 2, end + rank)
+            for projection in self._projections:
+                projection.make_room(self._room)
+        return end
+
+
+def rank_of(lora: LoraModel, name: str) -> int:
+    """An adapter's largest rank."""
+    return max(layer.adapters[name].a.shape[0] for layer in lora.layers.values() if name in layer.adapters)
