@@ -25,7 +25,6 @@ from tunesmith.tree.heads import Head
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
 TRIED = 5  # tokens on which the bodies are compared
-ROW_STEP = 16  # large batches are filled up to a multiple, since every new size costs oneDNN a fresh kernel
 
 
 class Body(Protocol):

@@ -20,7 +20,7 @@ def render_comparison(comparison: Comparison) -> str:
     for name, a, b, pair in comparison.lines:
         scores = (a.scores[scorer], b.scores[scorer])
         rungs.append(_rung(name, scores[0], "tuned"))
-        rungs.append(_rung("", scores[1], "prompt")  # the second line of the same contender)
+        rungs.append(_rung("", scores[1], "prompt"))  # the second line of the same contender
         picture = pictures.difference(pair.diff, *pair.ci, reach) if pair is not None else ""
         lines.append({"name": name, "scores": scores, "pair": pair, "picture": picture})
     return fill("compare.html.jinja", comparison=comparison, lines=lines, picture=pictures.ladder(rungs, "Both runs"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def near_duplicates(material: Material) -> Iterator[Note]:
 
 def split_leak(material: Material) -> Iterator[Note]:
     """Held-out inputs that are trained on, word for word or nearly."""
-    same, near_to, count = material.same.tolist(), material.near.tolist(), len(material.train)
+    same, count = material.same.tolist(), len(material.train)
     train, held_out = range(count), range(count, len(material.rows))
     known = {same[n] for n in held_out}
     exact = [n for n in train if same[n] in known]
@@ -69,7 +70,7 @@ def split_leak(material: Material) -> Iterator[Note]:
 
 
 def _near_leaks(material: Material, train: list[int], held_out: range) -> Iterator[Note]:
-    """Blocking where the answer is the same too. Where it differs, as in filled-in templates, it is still to be found."""
+    """Blocking where the answer is the same too; where it differs, as in filled-in templates, it must still be found."""
     near_to = material.near.tolist()
     clusters: dict[int, dict[str, int]] = defaultdict(dict)
     for n in held_out:
@@ -80,7 +81,11 @@ def _near_leaks(material: Material, train: list[int], held_out: range) -> Iterat
         if answers := clusters.get(near_to[n]):
             twin = answers.get(normalise(material.answers[n]))
             (cousins if twin is None else twins).append((n, next(iter(answers.values())) if twin is None else twin))
-    for severity, pairs, what in (("block", twins, "with the same answer"), ("warn", cousins, "with another answer")):
+    kinds: tuple[tuple[Literal["block", "warn"], list[tuple[int, int]], str], ...] = (
+        ("block", twins, "with the same answer"),
+        ("warn", cousins, "with another answer"),
+    )
+    for severity, pairs, what in kinds:
         if pairs:
             a, b = pairs[0]
             sources = material.sources([n for n, _ in pairs])
