@@ -38,6 +38,7 @@ from tunesmith.prove.proving import Options, Voices, prove_items
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, create_run, find_run, read_json, read_metrics, refuse_taken, write_json
+from tunesmith.train.estimate import memory_limit
 
 
 def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: Reporter | None = None) -> DataReport:
@@ -172,6 +173,8 @@ def _prove(run: Run, reporter: Reporter) -> Report:
         raise InputError("the data changed since this run was trained; train again to prove on it", file=run.folder)
     reporter.stage(f"engine over {recipe.base.model}")
     settings = {"revision": recipe.base.revision, "dtype": recipe.base.dtype, "device": recipe.runtime.device}
+    if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
+        settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
     weights_hash = file_hash(sorted(tuned.glob("*.safetensors"))[0])
     if tuned == run.model:
         engine = Engine(recipe.base.model, **settings)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoders import example
-from tunesmith.tree import kernels, parts
+from tunesmith.tree import flex, kernels, parts
 from tunesmith.tree.attention import PrefixCache, TreeContext
 from tunesmith.tree.layout import build_tree
 from tunesmith.tree.oracle import DenseContext, dense_mask
@@ -102,3 +102,21 @@ def test_unequal_head_sizes_go_through_ordinary_mathematics():
     how = {"scaling": 0.3, "sliding_window": None, "softcap": None}
     expected, actual = (c.attend(0, q, k, v, **how) for c in (DenseContext(tree), TreeContext(tree)))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_the_mask_of_the_gpu_path_is_the_oracles(monkeypatch, window, softcap, prefix):
+    """FlexAttention runs uncompiled on a CPU, forward only: enough to hold its mask and its score to the oracle."""
+    monkeypatch.setattr(flex, "compiled", lambda: flex.flex_attention)
+    ids = [[0, 1, 1], [0, 1, 0, 1], [1], [0, 1, 1, 0, 0]]
+    whole, cut = tree_of([[7] * 4 + s for s in ids]), tree_of(ids, prefix=4)
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, h, whole.tokens, 16) for h in (4, 2, 2))
+    how = {"scaling": 0.3, "softcap": softcap}
+    expected = DenseContext(whole).attend(0, q, k, v, sliding_window=window, **how)
+    tree, rows = (cut, slice(4, None)) if prefix else (whole, slice(None))
+    mask = flex.block_mask(tree, window, torch.device("cpu"))
+    actual = flex.flex(q[:, :, rows], k, v, mask, **how)
+    torch.testing.assert_close(actual, expected[:, rows], rtol=1e-4, atol=1e-5)

@@ -10,12 +10,13 @@ threads. Inside (core.py) there are only token ids; completer.py is the bridge f
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.chat.renderer import Renderer
 from tunesmith.engine.completer import Completer, Limits, PromptRenderer
@@ -102,6 +103,7 @@ class Engine:
         abilities = prepare(lora.model)
         if not abilities.share:
             raise InputError(f"{name} cannot be run by the engine: {abilities.reason}")
+        context_length = min(context_length, steady_context(lora.model))
         self.renderer, self.context_length, self.name = renderer, context_length, name
         self._live = False
         self._lock = threading.Lock()
@@ -126,7 +128,7 @@ class Engine:
         with self._lock:
             self._core.submit(pending.generations)
         try:
-            while not pending.finished:
+            while not pending.given:
                 self._step(pending)
                 yield from pending.deltas(self._completer)
         finally:
@@ -226,6 +228,22 @@ class Engine:
         key = self._core.adapters.key(adapter)
         generation = Generation(ids, 0, adapter=adapter, cache_key=key, scored_from=len(prompt))
         return Pending(index, [generation], [None])
+
+
+def steady_context(model: PreTrainedModel) -> int:
+    """Tokens up to which each sequence's rotary angles are its own.
+
+    Beyond it "dynamic" and "longrope" turn the whole step by its longest sequence, so answers would depend on the batch.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in (parameters, *parameters.values()) if isinstance(each, dict)]  # some by kind of layer
+    limits = [
+        int(each.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for each in kinds
+        if each.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=sys.maxsize)
 
 
 def _settings(memory_limit: int | None, adapter_memory_limit: int | None, max_batch: int, packed: bool) -> Settings:

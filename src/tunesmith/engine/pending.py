@@ -27,6 +27,11 @@ class Pending:
     def finished(self) -> bool:
         return all(generation.finish_reason is not None for generation in self.generations)
 
+    @property
+    def given(self) -> bool:
+        """Whether every answer was streamed to its end."""
+        return all(self._ended)
+
     def answer(self, completer: Completer) -> Answer:
         """The whole answer. Raises what ended a generation before its time."""
         first, *others = self._answers(completer)

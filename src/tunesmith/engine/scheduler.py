@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from tunesmith.engine.cache import KvSpec, Node, PrefixTree, Slots, shared_length
+from tunesmith.engine.cache import KvSpec, Node, PrefixTree, Slots, Tokens, shared_length
 from tunesmith.engine.generation import Generation
 from tunesmith.errors import InputError
 
@@ -161,8 +161,8 @@ class Scheduler:
         end = generation.reusable
         expected = len(tokens) - cut + min(generation.max_tokens - len(generation.generated), 4 * ROOM_STEP)
         if expected > LONGEST_TAIL:
-            cut = max(cut, len(tokens) - 1)
-            expected = ROOM_STEP
+            cut = max(cut, min(len(tokens) - 1, end))
+            expected = len(tokens) - cut
         known = self.tree.find(root, tokens[:cut])
         self.tree.use(known)  # making room must not evict it
         if not self._fits(expected, cut - known.end):
@@ -197,11 +197,11 @@ class Scheduler:
             best = boundary
         return best if best >= MIN_SHARED else 0
 
-    def _copy_tail(self, generation: Generation, tokens: object) -> int:
+    def _copy_tail(self, generation: Generation, tokens: Tokens) -> int:
         """Copy what the tree has of a sequence's own end into its slot; how many tokens that is."""
         assert generation.node is not None
         done, slot = 0, self.slots.slot(generation.slot)
-        for node, count in self.tree.computed(generation.node, tokens):  # type: ignore[arg-type]
+        for node, count in self.tree.computed(generation.node, tokens):
             count = min(count, self.slots.room - done)
             slot.copy_from(node.kv, 0, done, count)
             done += count
@@ -243,9 +243,14 @@ class Scheduler:
             needed = max(self._tail_wanted(g) for g in self.running)
             if needed <= self.slots.room or self._reserve(self.slots.count, _rounded(needed), 0):
                 return
-            if len(self.running) == 1:
-                raise InputError(f"an answer outgrew the engine's memory limit ({self.memory_limit >> 20} MB)")
-            self._preempt(self.running[-1])
+            newest = self.running[-1]
+            if len(self.running) == 1:  # nobody left to wait for
+                limit = f"{self.memory_limit >> 20} MB"
+                newest.error = InputError(f"an answer outgrew the engine's memory_limit ({limit}); raise it")
+                newest.finish_reason = "cancelled"
+                self._vacate(newest)
+                return
+            self._preempt(newest)
 
     def _tail_wanted(self, generation: Generation) -> int:
         assert generation.node is not None
@@ -255,6 +260,7 @@ class Scheduler:
         """Back to the head of the queue; its tokens are kept and computed again later."""
         self._vacate(generation)
         generation.node, generation.slot, generation.tail = None, -1, 0
+        generation.scores.clear()
         self.waiting.appendleft(generation)
 
     def _spill(self, generation: Generation) -> None:

@@ -10,13 +10,14 @@ CUDA: FlexAttention with the tree's one-line mask.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
+from tunesmith.tree.flex import block_mask, flex
 from tunesmith.tree.kernels import backward_part, forward_part
 from tunesmith.tree.layout import TokenTree
 from tunesmith.tree.parts import Parts, plan_parts
@@ -49,11 +50,17 @@ class TreeContext:
         self.tree, self.prefix = tree, prefix
         self.recorded = PrefixCache() if record else None
         self._parts: dict[int | None, Parts] = {}
+        self._block_masks: dict[int | None, BlockMask] = {}
 
     def parts(self, sliding_window: int | None) -> Parts:
         if sliding_window not in self._parts:
             self._parts[sliding_window] = plan_parts(self.tree, sliding_window)
         return self._parts[sliding_window]
+
+    def _block_mask(self, sliding_window: int | None, device: torch.device) -> BlockMask:
+        if sliding_window not in self._block_masks:
+            self._block_masks[sliding_window] = block_mask(self.tree, sliding_window, device)
+        return self._block_masks[sliding_window]
 
     def attend(
         self,
@@ -72,7 +79,7 @@ class TreeContext:
             key = torch.cat((self.prefix.keys[layer], key), dim=2)
             value = torch.cat((self.prefix.values[layer], value), dim=2)
         if query.device.type == "cuda":
-            return _flex(self.tree, query, key, value, scaling, sliding_window, softcap)
+            return flex(query, key, value, self._block_mask(sliding_window, query.device), scaling, softcap)
         return _Cascade.apply(query, key, value, self.parts(sliding_window), scaling, softcap)
 
 
@@ -146,47 +153,3 @@ class _Cascade(torch.autograd.Function):
         forward = (query, key, value, out, lse)
         cascade_backward(upstream[0], forward, grads, ctx.parts, ctx.scaling, ctx.softcap)
         return *grads, None, None, None
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(
-    tree: TokenTree,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    position = torch.as_tensor(tree.position_ids, device=query.device)
-    key_position = torch.cat((torch.arange(tree.prefix, device=query.device), position))
-    end = torch.as_tensor(tree.subtree_end, device=query.device)
-    # A prefix key counts as index -1 or less and its subtree never ends.
-    end = torch.cat((end.new_full((tree.prefix,), tree.tokens), end))
-
-    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = (k - tree.prefix <= q) & (q < end[k])
-        return seen if sliding_window is None else seen & (position[q] - key_position[k] < sliding_window)
-
-    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    mask = create_block_mask(visible, None, None, query.shape[2], key.shape[2], device=query.device)
-    out = _compiled_flex()(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2)

@@ -70,7 +70,7 @@ def split_leak(material: Material) -> Iterator[Note]:
 
 
 def _near_leaks(material: Material, train: list[int], held_out: range) -> Iterator[Note]:
-    """Blocking where the answer is the same too; where it differs, as in filled-in templates, it must still be found."""
+    """Blocking where the answer is the same too; where it differs (filled-in templates), it is still to be found."""
     near_to = material.near.tolist()
     clusters: dict[int, dict[str, int]] = defaultdict(dict)
     for n in held_out:
