@@ -75,7 +75,7 @@ def test_overrides_reach_any_key(tmp_path: Path) -> None:
     assert (recipe.train.lr, recipe.base.model, recipe.base.revision) == (1e-3, "gpt2", "abc")
     assert recipe.adapter is not None
     assert recipe.adapter.target_modules == ("q_proj",)
-    with pytest.raises(InputError, match="a.b=c"):
+    with pytest.raises(InputError, match=r"a\.b=c"):
         Recipe.load(path, ["train.lr"])
     with pytest.raises(InputError, match="did you mean"):
         Recipe.load(path, ["train.epohcs=2"])

@@ -42,7 +42,7 @@ def read_and_split(recipe: Recipe, say: Callable[[str], None]) -> Split:
     pair = next((example for example in examples if example.kind == "preference"), None)
     if pair is not None:
         raise InputError(
-            "the row is a preference pair, but objective sft learns from single answers; give chat or input/output rows",
+            "the row is a preference pair, but objective sft learns from single answers; give chat rows",
             file=pair.source.file,
             line=pair.source.line,
         )

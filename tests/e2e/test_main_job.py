@@ -24,7 +24,10 @@ def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Forty short rows that a few steps can begin to learn."""
     folder = tmp_path_factory.mktemp("job")
     rows = [
-        {"input": f"box {i} holds {COLOURS[i % 4]} paint", "output": json.dumps({"box": str(i), "paint": COLOURS[i % 4]})}
+        {
+            "input": f"box {i} holds {COLOURS[i % 4]} paint",
+            "output": json.dumps({"box": str(i), "paint": COLOURS[i % 4]}),
+        }
         for i in range(40)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +48,16 @@ def done(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_every_file_of_the_contract_is_there(done: Run) -> None:
-    for path in (done.recipe, done.lineage, done.data_report, done.plan, done.metrics, done.items, done.report, done.page):
+    for path in (
+        done.recipe,
+        done.lineage,
+        done.data_report,
+        done.plan,
+        done.metrics,
+        done.items,
+        done.report,
+        done.page,
+    ):
         assert path.is_file(), path.name
     assert {path.name for path in done.adapter.iterdir()} == {
         "README.md",
@@ -70,9 +82,16 @@ def test_the_report_is_the_contracts(done: Run) -> None:
         assert score["ci"][0] <= score["mean"] <= score["ci"][1]
     rows = [json.loads(line) for line in done.items.read_text().splitlines()]
     answered = [row for row in rows if "contender" in row]
-    assert {"item", "contender", "prompt_tokens", "output", "finish_reason", "scores", "output_tokens", "seconds"} <= set(
-        answered[0]
-    )
+    assert {
+        "item",
+        "contender",
+        "prompt_tokens",
+        "output",
+        "finish_reason",
+        "scores",
+        "output_tokens",
+        "seconds",
+    } <= set(answered[0])
     page = done.page.read_text()
     assert "http://" not in page.split("<body", 1)[0]
     assert "<script src" not in page

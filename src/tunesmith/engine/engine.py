@@ -233,7 +233,7 @@ class Engine:
 def steady_context(model: PreTrainedModel) -> int:
     """Tokens up to which each sequence's rotary angles are its own.
 
-    Beyond it "dynamic" and "longrope" turn the whole step by its longest sequence, so answers would depend on the batch.
+    Beyond it "dynamic" and "longrope" turn the whole step by its longest sequence, so answers would hang on the batch.
     """
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}

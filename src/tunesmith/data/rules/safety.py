@@ -12,7 +12,8 @@ from tunesmith.data.private import mask, personal_data, secrets
 from tunesmith.types import Example, Source
 
 INJECTED = re.compile(
-    r"\b(?:ignore|disregard|forget|override)\s+(?:all\s+|any\s+|everything\s+)?(?:of\s+)?(?:the\s+|your\s+|my\s+|these\s+)?"
+    r"\b(?:ignore|disregard|forget|override)\s+(?:all\s+|any\s+|everything\s+)?(?:of\s+)?"
+    r"(?:the\s+|your\s+|my\s+|these\s+)?"
     r"(?:previous|prior|above|preceding|earlier|system)\s+(?:instruction|prompt|message|rule|direction|command)s?"
     r"|\byou\s+are\s+now\s+(?:DAN\b|in\s+developer\s+mode|jailbroken|unrestricted)"
     r"|\b(?:reveal|print|repeat|show)\s+(?:me\s+)?your\s+(?:system|hidden|initial)\s+(?:prompt|instructions?)"
