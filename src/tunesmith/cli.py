@@ -21,6 +21,7 @@ from tunesmith.errors import InputError, InterruptedRun, TunesmithError
 
 if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
+    from tunesmith.store.runs import Run
 
 app = typer.Typer(
     name="tunesmith",
@@ -86,12 +87,7 @@ def train(
     """Gate, then train; leaves an adapter."""
     from tunesmith import pipeline
 
-    done = pipeline.train(_recipe(recipe, set_), run, resume=resume, reporter=_reporter(as_json))
-    _print(
-        {"run": str(done.folder), "adapter": str(done.tuned())},
-        as_json,
-        lambda: f"adapter: {done.tuned()}\nnext:    tunesmith prove {done.folder}",
-    )
+    _print_run(pipeline.train(_recipe(recipe, set_), run, resume=resume, reporter=_reporter(as_json)), as_json)
 
 
 @app.command()
@@ -115,9 +111,13 @@ def run(
 ) -> None:
     """The main job: check, plan, train, prove, card."""
     from tunesmith import pipeline
+    from tunesmith.store.runs import Run
 
-    proof = pipeline.run(_recipe(recipe, set_), run, resume=resume, reporter=_reporter(as_json))
-    _print(proof.to_json(), as_json, proof.render)
+    done = pipeline.run(_recipe(recipe, set_), run, resume=resume, reporter=_reporter(as_json))
+    if isinstance(done, Run):  # nothing was held out, so nothing was proved
+        _print_run(done, as_json)
+    else:
+        _print(done.to_json(), as_json, done.render)
 
 
 @app.command()
@@ -249,6 +249,14 @@ def _reporter(as_json: bool) -> Any:
     from tunesmith.progress import terminal_reporter
 
     return terminal_reporter(quiet=as_json)
+
+
+def _print_run(done: Run, as_json: bool) -> None:
+    _print(
+        {"run": str(done.folder), "adapter": str(done.tuned())},
+        as_json,
+        lambda: f"adapter: {done.tuned()}\nnext:    tunesmith prove {done.folder}",
+    )
 
 
 def _print(facts: Any, as_json: bool, render: Callable[[], Any] | None) -> None:

@@ -33,7 +33,7 @@ class Base(Section):
 
 class TrainFile(Section):
     path: str
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class Data(Section):
@@ -61,11 +61,11 @@ class Data(Section):
 
 class Adapter(Section):
     kind: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
     target_modules: str | tuple[str, ...] = "all-linear"  # a regex when a string other than all-linear
     rslora: bool = False
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     init_from: str | None = None
 
 
@@ -74,16 +74,16 @@ class Objective(Section):
 
 
 class Train(Section):
-    epochs: float = Field(2, gt=0)
+    epochs: float = Field(default=2, gt=0)
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    batch_examples: int = Field(16, ge=1)
+    batch_examples: int = Field(default=16, ge=1)
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     seed: int = 0
     shuffle: bool = True
     eval_every: Annotated[int, Field(ge=0)] | Auto = "auto"
@@ -94,7 +94,7 @@ class Train(Section):
 class Prove(Section):
     scorers: tuple[str | dict[str, Any], ...] | Auto = "auto"
     contenders: tuple[str, ...] = ("prompt", "few_shot", "retrieval", "tuned", "tuned+retrieval")
-    few_shot: int = Field(5, ge=1)
+    few_shot: int = Field(default=5, ge=1)
     knowledge: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"
     retention: bool = True
@@ -220,13 +220,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not sign or not dotted:
         raise InputError(f'--set "{override}" is not of the form a.b=c')
     try:
-        value = yaml.safe_load(text) if text else None
+        value: Any = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
     *parents, last = dotted.strip().split(".")
     section = raw
     for parent in parents:
-        inner = section.get(parent)
+        inner: Any = section.get(parent)
         if parent == "base" and isinstance(inner, str):
             inner = {"model": inner}
         section[parent] = inner = {} if inner is None else inner

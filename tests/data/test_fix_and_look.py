@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import pytest
@@ -78,7 +79,7 @@ def test_where_a_copy_cannot_go(tmp_path):
 
 
 def shown(renderable):
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO(), color_system="standard")
     console.print(renderable)
     return console.export_text(styles=True)
 

@@ -25,7 +25,7 @@ def remembering(**settings) -> Engine:
 def short_tails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Slots so short that every longer end moves into nodes."""
     monkeypatch.setattr(scheduler, "LONGEST_TAIL", 24)
-    yield
+    return
 
 
 def computed(engine: Engine, requests: list[Request]) -> int:
@@ -54,7 +54,7 @@ def test_a_conversation_goes_on_from_the_cache() -> None:
 
 
 def test_long_ends_move_into_nodes_and_go_on(short_tails: None) -> None:
-    prompts = [SYSTEM + [n] for n in range(40, 44)] + [list(range(n, n + 60)) for n in (3, 20)] + [[8], [8]]
+    prompts = [[*SYSTEM, n] for n in range(40, 44)] + [list(range(n, n + 60)) for n in (3, 20)] + [[8], [8]]
     computed(tiny_engine(), [Request(prompt_ids=p, max_tokens=70) for p in prompts])
 
 

@@ -187,7 +187,7 @@ class _Planner:
             return
         common = int(self.shared[cuts].min())
         starts = [i, *cuts[self.shared[cuts] == common].tolist(), j]
-        room = max(self.budget - common, self.budget // 2)
+        room = self.budget - common  # none where the prefix alone fills the budget: then one example at a time
         bins: list[tuple[int, int]] = []
         for a, b in itertools.pairwise(starts):
             if self._tokens(a, b) - common > room and b - a > 1:

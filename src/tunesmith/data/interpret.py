@@ -212,7 +212,8 @@ def refuse_unknown(row: Row) -> NoReturn:
     elif "instruction" in names:
         remedy = ALPACA
     else:
-        share, nearest = max((_share(names, columns), format) for format, ways in COLUMNS.items() for columns in ways)
+        nearest = max(COLUMNS, key=lambda format: max(_share(names, columns) for columns in COLUMNS[format]))
+        share = max(_share(names, columns) for columns in COLUMNS[nearest])
         if share:
             _refuse_missing(row, nearest)
         wanted = "; ".join(" and ".join(f'"{c}"' for c in columns) for way in COLUMNS.values() for columns in way)

@@ -206,9 +206,10 @@ class Engine:
 
     def _begin(self) -> None:
         """Weights in memory may have changed since the last call, so nothing computed with them is kept."""
-        if self._live and self._core.idle:
-            self._core.reset()
-            self._core.adapters.refresh()
+        with self._lock:
+            if self._live and self._core.idle:
+                self._core.reset()
+                self._core.adapters.refresh()
 
     def _abandon(self, pendings: Sequence[Pending]) -> None:
         with self._lock:
@@ -233,7 +234,8 @@ class Engine:
 def steady_context(model: PreTrainedModel) -> int:
     """Tokens up to which each sequence's rotary angles are its own.
 
-    Beyond it "dynamic" and "longrope" turn the whole step by its longest sequence, so answers would hang on the batch.
+    Beyond it "dynamic" and "longrope" turn the whole step by its longest sequence: answers would change with
+    their batch.
     """
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -15,7 +15,7 @@ def merge(lora: LoraModel, name: str) -> PreTrainedModel:
         weights = layer.adapters.get(name)
         if weights is not None:
             delta = weights.scaling * (weights.b @ weights.a)  # [out, in]
-            layer.base.weight += (delta.t() if layer.transposed else delta).to(layer.base.weight.dtype)
+            layer.base.weight.add_((delta.t() if layer.transposed else delta).to(layer.base.weight.dtype))
         parent, _, last = path.rpartition(".")
         setattr(lora.model.get_submodule(parent), last, layer.base)
     lora.layers.clear()

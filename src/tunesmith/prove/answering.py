@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tunesmith.engine import completer
 from tunesmith.engine.request import Request
 from tunesmith.types import Message
 
@@ -75,15 +76,14 @@ class AnsweringEngine(Protocol):
     ) -> Sequence[float]: ...
 
 
-class PromptRenderer(Protocol):
-    """The part of `chat.Renderer` that proving needs."""
+class PromptRenderer(completer.PromptRenderer, Protocol):
+    """The part of `chat.Renderer` that proving needs: the engine's, and whether and which template there is."""
 
-    has_template: bool
-    template_hash: str
+    @property
+    def has_template(self) -> bool: ...
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]: ...
-
-    def completion_prompt_ids(self, prompt: str) -> list[int]: ...
+    @property
+    def template_hash(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

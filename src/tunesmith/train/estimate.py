@@ -115,12 +115,10 @@ def _seconds_per_token(
     body: Body, parameters: Mapping[str, nn.Parameter], first: Step, layout: Layout, loss: Loss
 ) -> float:
     """Forward and backward of a few rows of the first step, the second time they are run."""
-    rows: list[TokenizedExample] = []
-    for row in first.examples:
-        rows.append(row)
-        trial = make_step(0, 0.0, rows, layout)
-        if trial.computed_tokens >= TRIAL_TOKENS:
-            break
+    count, trial = 1, make_step(0, 0.0, first.examples[:1], layout)
+    while trial.computed_tokens < TRIAL_TOKENS and count < len(first.examples):
+        count += 1
+        trial = make_step(0, 0.0, first.examples[:count], layout)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()

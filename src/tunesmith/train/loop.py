@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ from tunesmith.train.losses import Loss
 from tunesmith.train.optim import adamw, grad_norm, load_state_tensors, lr_at, scale_grads, set_lr, state_tensors
 
 BAD_STEPS_IN_A_ROW = 3  # steps without a finite loss and gradient before the run is given up
+
+
+class Steps(Protocol):
+    """The steps of a run in their order; each may be made when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Step: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Hooks:
 def train(
     body: Body,
     parameters: Mapping[str, nn.Parameter],
-    steps: Sequence[Step],
+    steps: Steps,
     loss: Loss,
     settings: Train,
     *,
@@ -181,7 +190,7 @@ class _Run:
         self,
         body: Body,
         parameters: Mapping[str, nn.Parameter],
-        steps: Sequence[Step],
+        steps: Steps,
         loss: Loss,
         settings: Train,
         lr: float,
