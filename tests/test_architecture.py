@@ -19,7 +19,7 @@ FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"cli"},
     {"pipeline", "conversation"},
-    {"fitting"},
+    {"fitting", "proof"},
     {"planning", "lineage"},
     {"preparation"},
     {"train", "prove"},

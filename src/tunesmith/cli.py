@@ -183,11 +183,16 @@ def runs_show(run: RunName, as_json: Json = False) -> None:
 
 
 @runs_app.command("compare")
-def runs_compare(a: RunName, b: RunName, as_json: Json = False) -> None:
+def runs_compare(
+    a: RunName,
+    b: RunName,
+    page: Annotated[Path | None, typer.Option("--page", metavar="FILE", help="Write it as an HTML page too.")] = None,
+    as_json: Json = False,
+) -> None:
     """Two runs' scores side by side, with the paired difference on the items both answered."""
     from tunesmith import pipeline
 
-    comparison = pipeline.compare(a, b)
+    comparison = pipeline.compare(a, b, page=page)
     _print(comparison.to_json(), as_json, comparison.render)
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import Answer, Request
-from tunesmith.errors import InputError
-from tunesmith.store.runs import Run, find_run, read_json
+from tunesmith.store.runs import locate
 from tunesmith.types import Message
 
 ADAPTER = "tuned"
@@ -53,36 +49,13 @@ class Conversation:
 
 def open_conversation(model: str, *, system: str | None, temperature: float, max_tokens: int) -> Conversation:
     """Load what `model` names: a run (folder or name), an adapter folder, or a base. Raises InputError."""
-    base, adapter, default_system = locate(model)
-    engine = Engine(base, adapters={ADAPTER: str(adapter)} if adapter else {})
-    talk = Conversation(engine, ADAPTER if adapter else None, temperature, max_tokens)
-    first = system if system is not None else default_system
+    found = locate(model)
+    engine = Engine(found.base, adapters={ADAPTER: found.adapter} if found.adapter else {})
+    talk = Conversation(engine, ADAPTER if found.adapter else None, temperature, max_tokens)
+    first = system if system is not None else found.system
     if first:
         talk.history.append({"role": "system", "content": first})
     return talk
-
-
-def locate(model: str) -> tuple[str, Path | None, str | None]:
-    """What a name stands for: (base, adapter folder or None, the system prompt it was trained with or None)."""
-    path = Path(model)
-    if (path / "adapter_config.json").is_file():
-        run = Run(path.resolve().parent)
-        if run.exists():
-            return _of_run(run)
-        return read_json(path / "adapter_config.json")["base_model_name_or_path"], path, None
-    if Run(path).exists():
-        return _of_run(Run(path))
-    try:
-        return _of_run(find_run(model))
-    except InputError:
-        return model, None, None
-
-
-def _of_run(run: Run) -> tuple[str, Path | None, str | None]:
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    tuned = run.tuned()
-    system = recipe["data"]["system"]
-    return (str(tuned), None, system) if tuned == run.model else (recipe["base"]["model"], tuned, system)
 
 
 def answer_facts(talk: Conversation, prompt: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from tunesmith.chat.display import coloured
 from tunesmith.data.batches import Layout, Step, StepPlan, count_steps, make_step
 from tunesmith.errors import InterruptedRun, RefusedError
 from tunesmith.lineage import lineage_of, refuse_changed
-from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
+from tunesmith.models.lora import LoraModel, Routing, add_new_adapter, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
@@ -43,8 +43,13 @@ AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says au
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """What is trained, how it is computed, and how it is written to a run's folder."""
+    """What is trained, how it is computed, and how it is written to a run's folder.
 
+    `lora` is the model; `adapter` the one of its adapters that is trained, None where every weight is.
+    """
+
+    lora: LoraModel
+    adapter: str | None
     body: Body
     parameters: Mapping[str, nn.Parameter]
     layout: Layout
@@ -52,8 +57,20 @@ class Trainable:
     save: Callable[[Run], None]
 
 
-def fit(ready: Prepared, trainable: Trainable, plan: Plan, run: Run, *, resume: bool, reporter: Reporter) -> None:
-    """Train and leave `adapter/` (or `model/`). Raises InterruptedRun, after saving, when a signal asked to stop."""
+def fit(
+    ready: Prepared,
+    trainable: Trainable,
+    plan: Plan,
+    run: Run,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    score: Callable[[], float] | None = None,
+) -> None:
+    """Train and leave `adapter/` (or `model/`). Raises InterruptedRun, after saving, when a signal asked to stop.
+
+    `score` measures the weights in memory at every evaluation; the best evaluation is then the one it says.
+    """
     lineage = lineage_of(ready)
     if resume and run.lineage.exists():
         refuse_changed(run, lineage)
@@ -79,7 +96,7 @@ def fit(ready: Prepared, trainable: Trainable, plan: Plan, run: Run, *, resume: 
             held_out=_eval_step(ready, trainable.layout),
             eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
             save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
-            hooks=watch.hooks(),
+            hooks=replace(watch.hooks(), score=score),
             resume=state,
             name_row=ready.name_row,
         )
@@ -123,12 +140,13 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     torch.manual_seed(settings.seed)
     parameters: dict[str, nn.Parameter]
     if section is None:
+        lora, adapter = LoraModel(model, Routing()), None
         abilities, dropout = prepare_attention(model), 0.0
         model.requires_grad_(True)
         parameters, body = dict(model.named_parameters()), make_body(model)
         save = partial(_save_model, ready)
     else:
-        lora = wrap(model)
+        lora, adapter = wrap(model), TUNED
         if section.init_from is None:
             add_new_adapter(lora, TUNED, section, settings.seed)
         else:
@@ -150,8 +168,11 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
             "raise runtime.memory_limit, or lower data.max_seq_len",
             gate="plan",
         )
-    layout = Layout(budget, share=abilities.share and not dropout, pack=abilities.share)
-    return Trainable(body, parameters, layout, limit, save)
+    share = abilities.share and not dropout
+    longest = max(len(row.input_ids) for row in ready.train.examples)
+    lanes = min(torch.get_num_threads(), budget // longest) if share and section and model.device.type == "cpu" else 1
+    layout = Layout(budget, share=share, pack=abilities.share, lanes=lanes)
+    return Trainable(lora, adapter, body, parameters, layout, limit, save)
 
 
 def _save_adapter(ready: Prepared, lora: LoraModel, run: Run) -> None:
@@ -254,6 +275,8 @@ class _Watch:
     def _eval(self, metrics: EvalMetrics) -> None:
         self._write(dataclasses.asdict(metrics))
         self._held_out = f"  held-out loss {metrics.held_out_loss:.3f}"
+        if metrics.score is not None:
+            self._held_out += f", score {metrics.score:.2f}"
 
     def _checkpoint(self, state: TrainState) -> None:
         save_checkpoint(self._run.checkpoints, state)

@@ -16,13 +16,10 @@ from tunesmith.data.checks import gate
 from tunesmith.data.fix import write_fixed
 from tunesmith.data.look import show_rows
 from tunesmith.data.report import DataReport
-from tunesmith.data.schema import load_schema
-from tunesmith.engine.engine import Engine
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.fitting import TUNED, fit, make_trainable, plan_run
 from tunesmith.home import home
 from tunesmith.models.catalogue import on_disk
-from tunesmith.models.folders import file_hash
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import wrap
 from tunesmith.models.merge import merge
@@ -30,15 +27,14 @@ from tunesmith.models.peft_format import load_adapter
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
 from tunesmith.progress import Reporter
-from tunesmith.prove.answering import Weights
+from tunesmith.proof import earlier, held_out_scorer, prove_run
 from tunesmith.prove.card import write_card
 from tunesmith.prove.compare import Comparison, compare_reports
+from tunesmith.prove.compare_page import render_comparison
 from tunesmith.prove.page import write_page
-from tunesmith.prove.proving import Options, Voices, prove_items
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
-from tunesmith.store.runs import Run, create_run, find_run, read_json, read_metrics, refuse_taken, write_json
-from tunesmith.train.estimate import memory_limit
+from tunesmith.store.runs import Run, create_run, find_run, read_json, refuse_taken, write_json, write_text
 
 
 def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: Reporter | None = None) -> DataReport:
@@ -87,7 +83,8 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
         raise RefusedError(planned.refusal(), gate="plan")
     run = create_run(place, resume=resume)
     write_json(run.data_report, report.to_json())
-    fit(ready, trainable, planned, run, resume=resume, reporter=reporter)
+    score = held_out_scorer(ready, trainable.lora, trainable.adapter)
+    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, score=score)
     return run
 
 
@@ -99,7 +96,7 @@ def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | No
         report = report_from_items(run.items)
         write_report(report, run.report)
     else:
-        report = _prove(run, reporter)
+        report = prove_run(run, reporter)
     write_page(run, report)
     write_card(run, report)
     reporter.say(f"report:  {run.page}\nadapter: {run.tuned()}")
@@ -111,6 +108,7 @@ def run(
 ) -> Report | Run:
     """The main job: check, plan, train, prove, card. Where nothing is held out there is nothing to prove: the run."""
     reporter = reporter or Reporter()
+    earlier(recipe)  # a contender that there isn't is said before the training, not after
     done = train(recipe, folder, resume=resume, reporter=reporter)
     if recipe.data.held_out == 0:
         reporter.say("data.held_out is 0: everything was trained on, so there is nothing to prove")
@@ -118,10 +116,15 @@ def run(
     return prove(done.folder, reporter=reporter)
 
 
-def compare(a: str, b: str) -> Comparison:
-    """Two proved runs side by side, paired on the items both answered."""
+def compare(a: str, b: str, *, page: Path | None = None) -> Comparison:
+    """Two proved runs side by side, paired on the items both answered; `page` gets it as HTML. Raises InputError."""
     reports = [report_from_items(find_run(name).items) for name in (a, b)]
-    return compare_reports(*reports, names=(a, b))
+    comparison = compare_reports(*reports, names=(a, b))
+    if page is not None:
+        if page.exists():
+            raise InputError("there is something here already; name a new file", file=page)
+        write_text(page, render_comparison(comparison))
+    return comparison
 
 
 def export(name: str | Path, out: Path, *, to: str) -> Path:
@@ -164,28 +167,3 @@ def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
             f"{report.summary()}; `tunesmith check` shows the rows, and `--fix OUT` writes a cleaned copy", gate="data"
         )
     return prepare(recipe, rows, reporter), report
-
-
-def _prove(run: Run, reporter: Reporter) -> Report:
-    recipe, lineage, tuned = Recipe.load(run.recipe), read_json(run.lineage), run.tuned()
-    rows = read_and_split(recipe, lambda _: None)
-    if rows.hash != lineage["split_hash"]:
-        raise InputError("the data changed since this run was trained; train again to prove on it", file=run.folder)
-    reporter.stage(f"engine over {recipe.base.model}")
-    settings = {"revision": recipe.base.revision, "dtype": recipe.base.dtype, "device": recipe.runtime.device}
-    if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
-        settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
-    weights_hash = file_hash(sorted(tuned.glob("*.safetensors"))[0])
-    if tuned == run.model:
-        engine = Engine(recipe.base.model, **settings)
-        best = Weights(Engine(tuned, device=recipe.runtime.device), None, weights_hash)
-    else:
-        engine = Engine(recipe.base.model, {TUNED: tuned}, **settings)
-        best = Weights(engine, TUNED, weights_hash)
-    base = Weights(engine, None, lineage["base_weights_hash"])
-    options = Options(
-        schema=None if recipe.data.schema_file is None else load_schema(recipe.data.schema_file).document,
-        training_seconds=sum(row.get("seconds", 0.0) for row in read_metrics(run)),
-    )
-    voices = Voices(base, engine.renderer, engine.context_length, {TUNED: best})
-    return prove_items(rows.held_out, rows.train, recipe, voices, run.folder, options, reporter)

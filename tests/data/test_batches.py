@@ -89,6 +89,20 @@ def test_every_example_stands_in_exactly_one_micro_batch_under_the_budget(ids, b
             assert np.isclose(tree.weights.sum(), sum(rows[i].weights.sum() for i in chosen))
 
 
+@given(st.lists(st.integers(200, 600), min_size=4, max_size=24), st.integers(0, 400), st.integers(2, 4))
+@settings(deadline=None, max_examples=40)
+def test_lanes_are_cut_evenly(lengths, prompt, lanes):
+    shared = list(range(3, 3 + prompt))
+    rows = [example([*shared, 1000 + i, *range(2000, 2000 + n)], 2, str(i)) for i, n in enumerate(lengths)]
+    step = make_step(0, 1.0, rows, Layout(100_000, lanes=lanes))
+    (group,) = step.groups
+    assert sorted(i for chosen in group.examples for i in chosen) == list(range(len(rows)))
+    sizes = [tree.tokens for tree in group.trees]
+    assert 2 <= len(sizes) <= lanes
+    own = sum(n + 1 for n in lengths)
+    assert max(sizes) <= own / lanes + max(lengths) + 64  # rows are whole, and a short prompt stands in every lane
+
+
 def chain(ids):
     ids = sorted(ids, key=len)
     return all(b[: len(a)] == a for a, b in itertools.pairwise(ids))

@@ -16,6 +16,8 @@ class FakeRenderer:
 
     has_template = True
     template_hash = "fake"
+    stop_ids = frozenset({STOP})
+    vocab_size = 0x110000 + 10
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:
         ids: list[int] = []
@@ -25,6 +27,9 @@ class FakeRenderer:
 
     def completion_prompt_ids(self, prompt: str) -> list[int]:
         return [1, *(ord(c) + 10 for c in prompt)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i - 10) for i in ids if i >= 10)
 
 
 class FakeEngine:
@@ -36,6 +41,7 @@ class FakeEngine:
         self.script, self.surprise = script, surprise or {}
         self.asked: list[Request] = []
         self.renderer = FakeRenderer()
+        self.context_length = 100_000
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Answer]:
         answers = []

@@ -40,18 +40,17 @@ def json_rows(n=30):
 
 def bench(rows, engine=None, schema=None, context_length=100_000, prove=None, **tuned):
     engine = engine or FakeEngine(lambda adapter, question, request: "red")
+    engine.context_length = context_length
     task = detect_task(rows, schema)
     return Bench(
         base=Weights(engine),
         tuned={name: Weights(engine, name) for name in tuned or {"tuned": 1}},
-        renderer=engine.renderer,
         train=rows,
         task=task,
         prove=prove or Prove(),
         scorer=choose_scorers("auto", task)[0],
         cache=ReplyCache(None),
         max_tokens=16,
-        context_length=context_length,
     )
 
 

@@ -69,8 +69,6 @@ def prove(
     folder.mkdir(exist_ok=True)
     voices = Voices(
         Weights(fake, None, "base" if hashes else None),
-        fake.renderer,
-        100_000,
         {"tuned": Weights(fake, "tuned", "tuned" if hashes else None)},
     )
     return prove_items(held_out, TRAIN, recipe, voices, folder, Options(**options))
@@ -268,7 +266,7 @@ def test_nothing_held_out_is_a_sentence(tmp_path):
 def test_before_there_is_a_tuned_model_the_rest_is_measured(tmp_path):
     fake = engine({"few_shot": 0.8})
     recipe = Recipe(data=Data(train="x.jsonl"))
-    report = prove_items(HELD_OUT, TRAIN, recipe, Voices(Weights(fake), fake.renderer, 100_000), tmp_path)
+    report = prove_items(HELD_OUT, TRAIN, recipe, Voices(Weights(fake)), tmp_path)
     assert [each.name for each in report.results] == ["prompt", "few_shot", "retrieval"]
     assert report.verdict.decision == "hold"
     assert report.retention is None
@@ -295,7 +293,7 @@ def test_a_sample_is_scored_during_training():
     fake = engine({"tuned": 0.9})
     sample = sample_items(items(HELD_OUT), 24)
     weights = Weights(fake, "tuned", "moving")
-    score = score_sample(weights, fake.renderer, sample, exact_match(), max_tokens=64, context_length=10_000)
+    score = score_sample(weights, sample, exact_match(), max_tokens=64)
     assert score.n == 24
     assert 0.6 < score.mean <= 1
     assert len({item.id for item in sample}) == 24

@@ -23,7 +23,7 @@ def measure(surprise, script=None, prompts=24):
     engine = FakeEngine(
         script or (lambda adapter, question, request: f"{adapter} says hello"), {None: 1.0, "tuned": surprise}
     )
-    return measure_retention(Weights(engine), Weights(engine, "tuned"), engine.renderer, prompts=prompts), engine
+    return measure_retention(Weights(engine), Weights(engine, "tuned"), prompts=prompts), engine
 
 
 def test_200_prompts_of_20_topics_are_shipped():

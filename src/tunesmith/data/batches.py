@@ -8,6 +8,8 @@ and the step's total weight is known before its first forward pass.
     one micro-batch      the step's tree, where it fits
     several              behind a common prefix that is computed once a step: forward, micro-batches (which leave their
                          gradients in its keys and values), backward
+
+With several lanes the micro-batches are cut evenly, so that as many can run side by side (train/lanes.py).
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from tunesmith.errors import InputError
 from tunesmith.tree.layout import TokenTree, build_tree, shared_lengths, sort_order
 from tunesmith.types import TokenizedExample
 
+LANE_TOKENS = 128  # a micro-batch of fewer tokens is not cut for the sake of another lane
+LANE_SLACK = 16  # tokens that may be computed twice to cut evenly
 PREFIX_WORTH_KEEPING = 64  # computing a prefix apart costs a pass over the model's weights: about so many tokens
 
 
@@ -44,6 +48,7 @@ class Step:
     groups: tuple[Group, ...]
     examples: tuple[TokenizedExample, ...]
     weight: float  # what the loss is divided by
+    lanes: int = 1  # micro-batches of a group that may run at a time
 
     @property
     def example_ids(self) -> tuple[str, ...]:
@@ -71,11 +76,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How examples may be laid out. `share` False where branching is not exact; `pack` False where neighbours leak."""
+    """How examples may be laid out. `share` False where branching is not exact; `pack` False where neighbours leak.
+
+    `lanes` micro-batches may run at a time, and `token_budget` is for all of them together.
+    """
 
     token_budget: int
     share: bool = True
     pack: bool = True
+    lanes: int = 1
 
 
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
@@ -136,13 +145,13 @@ def make_step(index: int, epoch: float, examples: Sequence[TokenizedExample], la
     if not weight > 0:
         names = ", ".join(example.example_id for example in examples[:3])
         raise InputError(f"a step holds no supervised token (rows {names}); leave such rows out")
-    return Step(index, epoch, tuple(plan_groups(examples, layout)), tuple(examples), weight)
+    return Step(index, epoch, tuple(plan_groups(examples, layout)), tuple(examples), weight, layout.lanes)
 
 
 def plan_groups(examples: Sequence[TokenizedExample], layout: Layout) -> Iterator[Group]:
     """Micro-batches under the budget, in an order of their own, that together hold every example once."""
     if layout.share and layout.pack:
-        yield from _Planner(examples, layout.token_budget).groups()
+        yield from _Planner(examples, layout.token_budget // layout.lanes, layout.lanes).groups()
         return
     batch: list[int] = []
     for i, example in enumerate(examples):
@@ -163,8 +172,8 @@ def _group(examples: Sequence[TokenizedExample], chosen: Sequence[int], *, share
 class _Planner:
     """Cuts the sorted sequences of a step where they differ most. [i, j) below are ranges of the sorted order."""
 
-    def __init__(self, examples: Sequence[TokenizedExample], budget: int) -> None:
-        self.examples, self.budget = examples, budget
+    def __init__(self, examples: Sequence[TokenizedExample], budget: int, lanes: int) -> None:
+        self.examples, self.budget, self.lanes = examples, budget, lanes
         self.order = sort_order(examples)
         self.shared = shared_lengths(examples, self.order)
         self.lengths = np.array([len(examples[i].input_ids) for i in self.order])
@@ -177,7 +186,8 @@ class _Planner:
         return int(self.lengths[i:j].sum() - self.shared[i + 1 : j].sum())
 
     def _cut(self, i: int, j: int) -> Iterator[Group]:
-        if self._tokens(i, j) <= self.budget or j - i == 1:
+        tokens = self._tokens(i, j)
+        if j - i == 1 or (tokens <= self.budget and self._parts(tokens) == 1):
             yield _group(self.examples, self.order[i:j], share=True)
             return
         # A sequence that the next one begins with adds no token: only the others are places to cut.
@@ -186,11 +196,18 @@ class _Planner:
             yield _group(self.examples, self.order[i:j], share=True)
             return
         common = int(self.shared[cuts].min())
-        starts = [i, *cuts[self.shared[cuts] == common].tolist(), j]
+        slack = LANE_SLACK if self.lanes > 1 else 0
+        starts = [i, *cuts[self.shared[cuts] <= common + slack].tolist(), j]
+        sizes = [self._tokens(a, b) - common for a, b in itertools.pairwise(starts)]
         room = self.budget - common  # none where the prefix alone fills the budget: then one example at a time
+        if (parts := self._parts(sum(sizes))) > 1:
+            fair = -(-sum(sizes) // parts)  # what is larger is cut again, unless it is one row
+            rows = np.diff(starts)
+            even = _even_room([s if n == 1 else min(s, fair) for s, n in zip(sizes, rows, strict=True)], parts, room)
+            room = min(room, even)
         bins: list[tuple[int, int]] = []
-        for a, b in itertools.pairwise(starts):
-            if self._tokens(a, b) - common > room and b - a > 1:
+        for (a, b), size in zip(itertools.pairwise(starts), sizes, strict=True):
+            if size > room and b - a > 1:
                 yield from self._close(bins, common)
                 bins = []
                 yield from self._cut(a, b)
@@ -200,6 +217,10 @@ class _Planner:
                 bins.append((a, b))
         yield from self._close(bins, common)
 
+    def _parts(self, tokens: int) -> int:
+        """How many lanes so many tokens are worth."""
+        return max(1, min(self.lanes, tokens // LANE_TOKENS))
+
     def _close(self, bins: list[tuple[int, int]], common: int) -> Iterator[Group]:
         """Bins that differ after `common` tokens, with that prefix computed once where it saves something."""
         if not bins:
@@ -207,7 +228,8 @@ class _Planner:
         members = [self.order[a:b] for a, b in bins]
         prefix = min(common, *(self._unsupervised(i) for chosen in members for i in chosen))
         if prefix * (len(bins) - 1) < PREFIX_WORTH_KEEPING:
-            yield from (_group(self.examples, chosen, share=True) for chosen in members)
+            groups = [_group(self.examples, chosen, share=True) for chosen in members]
+            yield Group(None, tuple(g.trees[0] for g in groups), tuple(g.examples[0] for g in groups))
             return
         first = self.examples[members[0][0]]
         head = TokenizedExample(first.example_id, first.input_ids[:prefix], np.zeros(prefix, dtype=np.float32))
@@ -223,3 +245,26 @@ class _Planner:
         """How many leading tokens of an example predict nothing that counts."""
         supervised = np.flatnonzero(self.examples[i].weights)
         return int(supervised[0]) - 1 if len(supervised) else len(self.examples[i].input_ids)
+
+
+def _even_room(sizes: Sequence[int], parts: int, room: int) -> int:
+    """The least room at which neighbours fall into as few bins as at `room`, rounded up to a multiple of `parts`."""
+    wanted = -(-_bins(sizes, room) // parts) * parts
+    low, high = max(1, min(room, max(sizes))), room
+    while low < high:
+        middle = (low + high) // 2
+        if _bins(sizes, middle) <= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _bins(sizes: Sequence[int], room: int) -> int:
+    """How many bins neighbours fill in their order; one alone may overfill its own."""
+    count, filled = 0, room
+    for size in sizes:
+        if filled + size > room:
+            count, filled = count + 1, 0
+        filled += size
+    return count

@@ -18,9 +18,12 @@ LONGEST_CHARACTER = 4  # tokens that one character may be spread over (UTF-8)
 
 
 class PromptRenderer(Protocol):
-    """The part of chat.Renderer that the engine needs."""
+    """The part of chat.Renderer that the engine and those who ask it need."""
 
     stop_ids: frozenset[int]
+
+    @property
+    def has_template(self) -> bool: ...
 
     @property
     def vocab_size(self) -> int: ...

@@ -7,6 +7,7 @@ name; every other goes through its own modules.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,15 +44,17 @@ class Slabs:
     def __init__(self, widths: Sequence[int], layers: int, like: Tensor) -> None:
         self.widths, self.layers, self.like = widths, layers, like
         self.free: list[list[Tensor]] = []
+        self._lock = threading.Lock()
 
     def take(self, rows: int) -> list[Tensor]:
         """For each width [layers, at least `rows`, width]."""
-        fitting = [slabs for slabs in self.free if slabs[0].shape[1] >= rows]
-        if fitting:
-            chosen = min(fitting, key=lambda slabs: slabs[0].shape[1])
-            self.free = [slabs for slabs in self.free if slabs is not chosen]
-            return chosen
-        self.free.clear()
+        with self._lock:
+            fitting = [slabs for slabs in self.free if slabs[0].shape[1] >= rows]
+            if fitting:
+                chosen = min(fitting, key=lambda slabs: slabs[0].shape[1])
+                self.free = [slabs for slabs in self.free if slabs is not chosen]
+                return chosen
+            self.free.clear()
         return [self.like.new_empty(self.layers, rows, width) for width in self.widths]
 
     def give(self, slabs: list[Tensor]) -> None:
@@ -66,7 +69,8 @@ class FusedDecoder:
         self.model, self.layers = model, list(layers)
         self.embedding, self.rotary = body.embed_tokens, body.rotary_emb
         self.norm = norm_of(body.norm)
-        self.work = Workspace(body.norm.weight.detach())
+        self._own = threading.local()
+        like = body.norm.weight.detach()
         first = self.layers[0]
         self.geometry, self.hidden = first.geometry, first.qkv.in_features
         raw = first.geometry.q + first.geometry.k if first.head_norms else 0
@@ -78,13 +82,20 @@ class FusedDecoder:
             self.hidden,
             2 * first.geometry.intermediate,
         )
-        self.slabs, self.one_layer = Slabs(widths, len(self.layers), self.work.like), Slabs(widths, 1, self.work.like)
+        self.slabs, self.one_layer = Slabs(widths, len(self.layers), like), Slabs(widths, 1, like)
         self.lowest = next((layer.index for layer in self.layers if layer.learns), len(self.layers))
+
+    @property
+    def work(self) -> Workspace:
+        """This thread's own."""
+        if not hasattr(self._own, "work"):
+            self._own.work = Workspace(self.slabs.like)
+        return self._own.work
 
     @property
     def bytes_per_token(self) -> int:
         """What a token keeps in memory between forward and backward."""
-        return len(self.layers) * sum(self.slabs.widths) * self.work.like.element_size()
+        return len(self.layers) * sum(self.slabs.widths) * self.slabs.like.element_size()
 
     @torch.no_grad()
     def forward(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tunesmith.engine import completer
+from tunesmith.engine.completer import PromptRenderer
 from tunesmith.engine.request import Request
 from tunesmith.types import Message
 
@@ -69,21 +69,17 @@ class Model(Protocol):
 class AnsweringEngine(Protocol):
     """The part of `tunesmith.Engine` that proving needs; a scripted fake stands in for it in tests."""
 
+    @property
+    def renderer(self) -> PromptRenderer: ...
+
+    @property
+    def context_length(self) -> int: ...
+
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Answer]: ...
 
     def logprobs(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None
     ) -> Sequence[float]: ...
-
-
-class PromptRenderer(completer.PromptRenderer, Protocol):
-    """The part of `chat.Renderer` that proving needs: the engine's, and whether and which template there is."""
-
-    @property
-    def has_template(self) -> bool: ...
-
-    @property
-    def template_hash(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +99,20 @@ class EngineModel:
     """Weights that answer greedily, up to `max_tokens`, decoding under `schema` where there is one."""
 
     weights: Weights
-    renderer: PromptRenderer
     max_tokens: int
-    context_length: int
     schema: dict[str, Any] | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.weights.engine.context_length
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens the engine will see."""
+        renderer = self.weights.engine.renderer
         if prompt.text is not None:
-            return self.renderer.completion_prompt_ids(prompt.text)
-        return self.renderer.prompt_ids(prompt.messages, prompt.tools)
+            return renderer.completion_prompt_ids(prompt.text)
+        return renderer.prompt_ids(prompt.messages, prompt.tools)
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the prompt leaves room for a whole answer."""

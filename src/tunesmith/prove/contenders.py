@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
-from tunesmith.prove.answering import EngineModel, Model, Prompt, PromptRenderer, ReplyCache, Weights
+from tunesmith.prove.answering import EngineModel, Model, Prompt, ReplyCache, Weights
 from tunesmith.prove.choice import LOOKS, Choice, choose
 from tunesmith.prove.classifier import Classifier
 from tunesmith.prove.contender import Contender, Kind, Prompted
@@ -46,24 +46,22 @@ class Bench:
 
     base: Weights
     tuned: Mapping[str, Weights]
-    renderer: PromptRenderer
     train: Sequence[Item]
     task: Task
     prove: Prove
     scorer: Scorer
     cache: ReplyCache
     max_tokens: int
-    context_length: int
     choices: list[Choice] = field(default_factory=list)
 
     def model(self, weights: Weights, schema: dict[str, Any] | None = None) -> EngineModel:
         """The weights as a model that answers."""
-        return EngineModel(weights, self.renderer, self.max_tokens, self.context_length, schema)
+        return EngineModel(weights, self.max_tokens, schema)
 
     @cached_property
     def page(self) -> Page:
         """How prompts are laid out for this base."""
-        return Page(self.renderer.has_template, self._accepts_system())
+        return Page(self.base.engine.renderer.has_template, self._accepts_system())
 
     @cached_property
     def pool(self) -> list[Item]:
@@ -188,7 +186,7 @@ class Bench:
     def _accepts_system(self) -> bool:
         """Some templates refuse a system turn; the instruction then opens the first user turn."""
         try:
-            self.renderer.prompt_ids([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+            self.base.engine.renderer.prompt_ids([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
         except InputError:
             return False
         return True

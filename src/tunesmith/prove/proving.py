@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.items import items as items_of
+from tunesmith.engine.completer import PromptRenderer
 from tunesmith.errors import InputError
 from tunesmith.progress import Reporter
-from tunesmith.prove.answering import EngineModel, Model, Prompt, PromptRenderer, ReplyCache, Weights
+from tunesmith.prove.answering import EngineModel, Model, Prompt, ReplyCache, Weights
 from tunesmith.prove.contenders import TUNED, Bench, contender_names
 from tunesmith.prove.endpoint import Endpoint, is_endpoint
 from tunesmith.prove.graders import Ask
@@ -34,14 +35,12 @@ BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Voices:
-    """Who can be asked, and how prompts are rendered for them.
+    """Who can be asked.
 
     `tuned` maps contender names to weights: "tuned", and any earlier run or adapter the recipe names.
     """
 
     base: Weights
-    renderer: PromptRenderer
-    context_length: int
     tuned: Mapping[str, Weights] = field(default_factory=dict)
 
 
@@ -77,13 +76,10 @@ def prove_items(
         raise InputError("there are no held-out rows to prove on; set data.held_out to a fraction or a file")
     task = detect_task([*train_items, *items], options.schema)
     cache = ReplyCache(folder / "replies.jsonl")
-    max_tokens = answer_budget(recipe, train_items or items, voices.renderer)
+    max_tokens = answer_budget(recipe, train_items or items, voices.base.engine.renderer)
     ask = asker(voices, cache)
     scorers = choose_scorers(recipe.prove.scorers, task, ask=ask, grader_file=options.grader_file)
-    bench = Bench(
-        voices.base, voices.tuned, voices.renderer, train_items, task, recipe.prove, scorers[0], cache, max_tokens,
-        voices.context_length,
-    )  # fmt: skip
+    bench = Bench(voices.base, voices.tuned, train_items, task, recipe.prove, scorers[0], cache, max_tokens)
     reporter.stage("choosing wordings and examples on training rows")
     contenders = [bench.build(name) for name in contender_names(recipe.prove, task) if _possible(name, voices)]
     reporter.stage("asking every contender the held-out rows")
@@ -159,7 +155,7 @@ def _grading_model(name: str, voices: Voices) -> Model:
     if weights is None:
         known = ", ".join((BASE, *voices.tuned, "MODEL@URL"))
         raise InputError(f'the grading model "{name}" is not known here; known are {known}')
-    return EngineModel(weights, voices.renderer, GRADING_TOKENS, voices.context_length)
+    return EngineModel(weights, GRADING_TOKENS)
 
 
 def _possible(name: str, voices: Voices) -> bool:
@@ -171,7 +167,5 @@ def _retention(recipe: Recipe, voices: Voices, options: Options, reporter: Repor
     if not recipe.prove.retention or TUNED not in voices.tuned:
         return None
     reporter.stage("general behaviour: the base against the tuned model")
-    measured = measure_retention(
-        voices.base, voices.tuned[TUNED], voices.renderer, prompts=options.retention_prompts, reporter=reporter
-    )
+    measured = measure_retention(voices.base, voices.tuned[TUNED], prompts=options.retention_prompts, reporter=reporter)
     return measured.to_json()

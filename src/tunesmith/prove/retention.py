@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.engine.completer import PromptRenderer
 from tunesmith.engine.request import Answer, Request
 from tunesmith.progress import Reporter
-from tunesmith.prove.answering import PromptRenderer, Weights
+from tunesmith.prove.answering import Weights
 from tunesmith.prove.statistics import mean_interval
 from tunesmith.types import Interval, Message
 
@@ -72,7 +73,6 @@ class Measurements:
 def measure_retention(
     base: Weights,
     tuned: Weights,
-    renderer: PromptRenderer,
     *,
     prompts: int = PROMPTS,
     reporter: Reporter | None = None,
@@ -82,6 +82,7 @@ def measure_retention(
     drift = mean over the tokens of the base's own greedy answer of log p_base - log p_tuned.
     """
     reporter = reporter or Reporter()
+    renderer = base.engine.renderer
     chosen = _spread(_general_prompts(), prompts)
     asked = [_prompt_ids(renderer, text) for _, text in chosen]
     base_answers = _answers(base, asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tunesmith.prove.answering import EngineModel, PromptRenderer, ReplyCache, Weights
+from tunesmith.prove.answering import EngineModel, ReplyCache, Weights
 from tunesmith.prove.contender import Prompted
 from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.scoring import score_answer
@@ -15,16 +15,14 @@ from tunesmith.types import Interval, Item
 
 def score_sample(
     weights: Weights,
-    renderer: PromptRenderer,
     items: Sequence[Item],
     scorer: Scorer,
     *,
     max_tokens: int,
-    context_length: int,
 ) -> Interval:
     """The weights' mean score on `items`, asked exactly as in training, greedily. Nothing is remembered."""
-    model = EngineModel(Weights(weights.engine, weights.adapter), renderer, max_tokens, context_length)
-    tuned = Prompted("tuned", "tuned", model, Page(renderer.has_template).as_trained)
+    model = EngineModel(Weights(weights.engine, weights.adapter), max_tokens)
+    tuned = Prompted("tuned", "tuned", model, Page(weights.engine.renderer.has_template).as_trained)
     replies = tuned.answer(items, ReplyCache(None))
     scored = [
         score_answer([scorer], reply.output, item, failed=reply.error).scores[scorer.name]

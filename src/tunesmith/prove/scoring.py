@@ -50,6 +50,12 @@ def choose_scorers(
     return scorers
 
 
+def needs_model(chosen: Chosen) -> bool:
+    """Whether the main scorer asks a model."""
+    first = None if isinstance(chosen, str) else chosen[0]
+    return isinstance(first, Mapping) and _kind(first) in ("judge", "score_model", "label_model", "multi")
+
+
 def score_answer(scorers: Sequence[Scorer], output: str, item: Item, *, failed: str | None = None) -> Scored:
     """Score one answer. `failed`: why there is no answer; then every scorer gives 0."""
     scores: dict[str, float | None] = {}
@@ -138,7 +144,7 @@ def _named(name: str, task: Task, ask: Ask | None) -> list[Scorer]:
 
 def _described(given: Mapping[str, Any], task: Task, ask: Ask | None) -> list[Scorer]:
     """A scorer with settings: {regex: PATTERN}, {judge: MODEL}, {type: regex, pattern}, or an OpenAI grader."""
-    kind = given.get("type") or (next(iter(given)) if len(given) == 1 else None)
+    kind = _kind(given)
     if kind == "regex":
         return [regex(str(given.get("pattern", given.get("regex"))), str(given.get("name", "regex")))]
     if kind == "judge":
@@ -151,6 +157,10 @@ def _described(given: Mapping[str, Any], task: Task, ask: Ask | None) -> list[Sc
     raise InputError(
         f'prove.scorers: "{kind}" is no scorer with settings; known are regex, judge, {", ".join(GRADERS)}'
     )
+
+
+def _kind(given: Mapping[str, Any]) -> Any:
+    return given.get("type") or (next(iter(given)) if len(given) == 1 else None)
 
 
 PLAIN: dict[str, Callable[[], Scorer]] = {

@@ -89,6 +89,15 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Located:
+    """What a name of a model stands for. `system` is the prompt it was trained with."""
+
+    base: str
+    adapter: Path | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary:
     """A line of `tunesmith runs list`."""
 
@@ -136,6 +145,28 @@ def find_run(name: str) -> Run:
         if folder.name == name:
             return Run(folder)
     raise InputError(f'there is no run "{name}"; `tunesmith runs list` shows those that exist')
+
+
+def locate(model: str) -> Located:
+    """A run by folder or name, an adapter's folder, or, where it is neither, a base. Raises InputError."""
+    path = Path(model)
+    if (path / "adapter_config.json").is_file():
+        run = Run(path.resolve().parent)
+        if run.exists():
+            return _of_run(run)
+        return Located(read_json(path / "adapter_config.json")["base_model_name_or_path"], path)
+    try:
+        return _of_run(find_run(model))
+    except InputError:
+        return Located(model)
+
+
+def _of_run(run: Run) -> Located:
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    tuned, system = run.tuned(), recipe["data"]["system"]
+    if tuned == run.model:
+        return Located(str(tuned), None, system)
+    return Located(recipe["base"]["model"], tuned, system)
 
 
 def list_runs() -> list[RunSummary]:

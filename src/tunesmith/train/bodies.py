@@ -32,7 +32,8 @@ class LayerAttention:
 
 def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: str | None = None) -> Body:
     """The fastest body that computes what the (prepared) model computes, with `adapter` on."""
-    plain = ModuleBody(model)
+    parameters = list(model.parameters()) if lora is None else [p for _, p in lora.parameters(str(adapter))]
+    plain = ModuleBody(model, parameters)
     if lora is None or adapter is None or _has_dropout(lora, adapter):
         return plain
     decoder = fuse(model, adapter)
@@ -46,7 +47,7 @@ def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: st
         expected = run_body(model, ids, positions, seen)
     if seen.layers.keys() != set(range(len(decoder.layers))):
         return plain
-    fused = FusedBody(model, decoder, seen.layers, [p for _, p in lora.parameters(adapter)])
+    fused = FusedBody(model, decoder, seen.layers, parameters)
     with torch.no_grad():
         actual, _ = fused(tree, torch.arange(tree.tokens))
     return fused if torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())) else plain

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.tree.attention import PrefixCache, TreeContext
@@ -19,10 +19,16 @@ from tunesmith.types import TokenizedExample
 
 
 class Body(Protocol):
-    """A decoder without its head, over a tree. Differentiable in its parameters and in the prefix's keys and values."""
+    """A decoder without its head, over a tree. Differentiable in its parameters and in the prefix's keys and values.
+
+    Several threads may call it at once. `parameters` are what a gradient is wanted of.
+    """
 
     model: PreTrainedModel
     device: torch.device
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]: ...
 
     @property
     def head(self) -> Head: ...
@@ -37,8 +43,8 @@ class Body(Protocol):
 class ModuleBody:
     """Any prepared model, through its own modules."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.device = model, model.device
+    def __init__(self, model: PreTrainedModel, parameters: Sequence[nn.Parameter] = ()) -> None:
+        self.model, self.device, self.parameters = model, model.device, parameters
 
     @property
     def head(self) -> Head:

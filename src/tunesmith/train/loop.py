@@ -11,8 +11,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,8 +23,11 @@ from tunesmith.data.batches import Group, Step
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe import Train
 from tunesmith.train.forward import Body, run_prefix, run_tree
-from tunesmith.train.losses import Loss
+from tunesmith.train.lanes import side_by_side
+from tunesmith.train.losses import Loss, LossOutput
 from tunesmith.train.optim import adamw, grad_norm, load_state_tensors, lr_at, scale_grads, set_lr, state_tensors
+from tunesmith.tree.attention import PrefixCache
+from tunesmith.tree.layout import TokenTree
 
 BAD_STEPS_IN_A_ROW = 3  # steps without a finite loss and gradient before the run is given up
 
@@ -62,6 +66,7 @@ class EvalMetrics:
     step: int
     held_out_loss: float
     held_out_token_accuracy: float
+    score: float | None = None  # the main scorer's mean on a sample of answers, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Progress:
     step: int = 0  # updates done; also the position in the data, which is a pure function of it
     best_step: int | None = None
     best_loss: float | None = None
+    best_score: float | None = None
     evals_without_improvement: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -106,6 +112,9 @@ class Hooks:
     on_eval: Callable[[EvalMetrics], None] = _nothing
     on_checkpoint: Callable[[TrainState], None] = _nothing
     should_stop: Callable[[], bool] = field(default=lambda: False)
+    score: Callable[[], float] | None = (
+        None  # of the weights as they are now, at every evaluation of a run that evaluates on its way
+    )
 
 
 def train(
@@ -158,21 +167,64 @@ def _run_group(
     body: Body, step: Step, group: Group, loss: Loss, backward: bool
 ) -> list[tuple[float, Mapping[str, float]]]:
     cache = None if group.prefix is None else run_prefix(body, group.prefix)
-    leaves = None if cache is None else cache.leaves()
-    results = []
-    for tree, chosen in zip(group.trees, group.examples, strict=True):
-        if not len(tree.rows):
-            continue
-        output = loss(run_tree(body, tree, [step.examples[i] for i in chosen], leaves))
-        if backward:
-            (output.total / step.weight).backward()
-        results.append((float(output.total.detach()), output.metrics))
-    if backward and cache is not None and leaves is not None:
-        pairs = zip(cache.tensors(), leaves.tensors(), strict=True)
-        reached = [(t, leaf.grad) for t, leaf in pairs if t.requires_grad and leaf.grad is not None]
-        if reached:
-            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
+    chosen = [pair for pair in zip(group.trees, group.examples, strict=True) if len(pair[0].rows)]
+    lanes = min(step.lanes, len(chosen))
+    tasks = [_MicroBatch(body, step, *pair, loss, None if cache is None else cache.leaves()) for pair in chosen]
+    if lanes < 2 or not backward:
+        results = side_by_side([partial(task.run, backward) for task in tasks], max(1, lanes))
+    else:
+        results = side_by_side([task.run_apart for task in tasks], lanes)
+        for task in tasks:
+            task.add_gradients()
+    if backward and cache is not None:
+        ends = [
+            (tensor, leaf.grad)
+            for task in tasks
+            if task.leaves is not None
+            for tensor, leaf in zip(cache.tensors(), task.leaves.tensors(), strict=True)
+            if tensor.requires_grad and leaf.grad is not None
+        ]
+        if ends:
+            torch.autograd.backward([tensor for tensor, _ in ends], [grad for _, grad in ends])
     return results
+
+
+@dataclass
+class _MicroBatch:
+    """One tree of a step, run in the caller's thread or in a lane. `leaves`: the prefix it stands behind."""
+
+    body: Body
+    step: Step
+    tree: TokenTree
+    chosen: tuple[int, ...]
+    loss: Loss
+    leaves: PrefixCache | None
+    gradients: tuple[Tensor | None, ...] = ()
+
+    def run(self, backward: bool) -> tuple[float, Mapping[str, float]]:
+        """Loss and metrics; with `backward` the gradient is added to parameters and leaves."""
+        output = self._output()
+        if backward:
+            (output.total / self.step.weight).backward()
+        return float(output.total.detach()), output.metrics
+
+    def run_apart(self) -> tuple[float, Mapping[str, float]]:
+        """The same, with the gradient kept aside: lanes end in any order, and sums must not depend on it."""
+        output = self._output()
+        self.gradients = torch.autograd.grad(output.total / self.step.weight, self._wanted(), allow_unused=True)
+        return float(output.total.detach()), output.metrics
+
+    def add_gradients(self) -> None:
+        for tensor, grad in zip(self._wanted(), self.gradients, strict=True):
+            if grad is not None:
+                tensor.grad = grad if tensor.grad is None else tensor.grad.add_(grad)
+        self.gradients = ()
+
+    def _output(self) -> LossOutput:
+        return self.loss(run_tree(self.body, self.tree, [self.step.examples[i] for i in self.chosen], self.leaves))
+
+    def _wanted(self) -> list[Tensor]:
+        return [*self.body.parameters, *(self.leaves.tensors() if self.leaves is not None else ())]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -233,7 +285,7 @@ class _Run:
             stop = self.hooks.should_stop()
             improved = False
             if self.held_out is not None and (last or (eval_every and step % eval_every == 0)):
-                improved = self._evaluate()
+                improved = self._evaluate(scored=eval_every > 0)
                 early = self._patience_ran_out()
             keep_best = improved and self.settings.patience is not None
             if last or stop or early or keep_best or (save_every and step % save_every == 0):
@@ -292,25 +344,35 @@ class _Run:
             skipped_in_a_row=0 if finite else done.skipped_in_a_row + 1,
         )
 
-    def _evaluate(self) -> bool:
-        """Score the held-out rows; True where they were never better."""
+    def _evaluate(self, scored: bool) -> bool:
+        """Measure on the held-out rows; True where they were never better: by the score where there is one."""
         assert self.held_out is not None
-        scored = evaluate(self.body, self.held_out, self.loss, self.progress.step)
-        self.hooks.on_eval(scored)
-        best = self.progress.best_loss
-        better = math.isfinite(scored.held_out_loss) and (best is None or scored.held_out_loss < best)
+        measured = evaluate(self.body, self.held_out, self.loss, self.progress.step)
+        if scored and self.hooks.score is not None:
+            measured = replace(measured, score=self.hooks.score())
+        self.hooks.on_eval(measured)
+        done = self.progress
+        better = math.isfinite(measured.held_out_loss) and (
+            done.best_loss is None
+            or _rank(measured.score, measured.held_out_loss) > _rank(done.best_score, done.best_loss)
+        )
         if better:
             self.progress = replace(
-                self.progress,
-                best_step=self.progress.step,
-                best_loss=scored.held_out_loss,
+                done,
+                best_step=done.step,
+                best_loss=measured.held_out_loss,
+                best_score=measured.score,
                 evals_without_improvement=0,
             )
         else:
-            worse = self.progress.evals_without_improvement + 1
-            self.progress = replace(self.progress, evals_without_improvement=worse)
+            self.progress = replace(done, evals_without_improvement=done.evals_without_improvement + 1)
         return better
 
     def _patience_ran_out(self) -> bool:
         patience = self.settings.patience
         return patience is not None and self.progress.evals_without_improvement >= patience
+
+
+def _rank(score: float | None, loss: float) -> tuple[float, float]:
+    """Better evaluations compare greater."""
+    return (0.0 if score is None else score, -loss)

@@ -1,0 +1,120 @@
+"""A run's held-out rows put to its contenders: who they are and which weights they answer with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.items import items
+from tunesmith.data.schema import load_schema
+from tunesmith.engine.engine import Engine
+from tunesmith.errors import InputError
+from tunesmith.models.folders import file_hash
+from tunesmith.models.lora import LoraModel
+from tunesmith.preparation import Prepared, read_and_split
+from tunesmith.progress import Reporter
+from tunesmith.prove.answering import Weights
+from tunesmith.prove.contenders import TUNED, earlier_names
+from tunesmith.prove.proving import Options, Voices, answer_budget, prove_items
+from tunesmith.prove.report import Report
+from tunesmith.prove.sample import sample_items, score_sample
+from tunesmith.prove.scoring import choose_scorers, needs_model
+from tunesmith.prove.task import detect_task
+from tunesmith.recipe import Recipe
+from tunesmith.store.runs import Located, Run, locate, read_json, read_metrics
+from tunesmith.train.estimate import memory_limit
+
+SAMPLE = 24  # held-out rows that are answered at an evaluation during training
+SAMPLE_MEMORY = 256 << 20  # bytes of their keys and values
+
+
+def prove_run(run: Run, reporter: Reporter) -> Report:
+    """Ask every contender; leaves items.jsonl and report.json. Raises InputError where the data is another by now."""
+    recipe, lineage = Recipe.load(run.recipe), read_json(run.lineage)
+    rows = read_and_split(recipe, lambda _: None)
+    if rows.hash != lineage["split_hash"]:
+        raise InputError("the data changed since this run was trained; train again to prove on it", file=run.folder)
+    reporter.stage(f"engine over {recipe.base.model}")
+    options = Options(
+        schema=_schema(recipe),
+        training_seconds=sum(row.get("seconds", 0.0) for row in read_metrics(run)),
+    )
+    voices = _voices(run, recipe, lineage["base_weights_hash"])
+    return prove_items(rows.held_out, rows.train, recipe, voices, run.folder, options, reporter)
+
+
+def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Callable[[], float] | None:
+    """The main scorer's mean over a few held-out rows, answered by the weights in memory as they are when asked.
+
+    None where there is nothing to score: no held-out rows with an answer, or a scorer that needs another model.
+    """
+    recipe, base = ready.recipe, ready.base
+    held_out, train = (
+        [item for item in items(rows) if (item.expected or "").strip()]
+        for rows in (ready.split.held_out, ready.split.train)
+    )
+    if not held_out or needs_model(recipe.prove.scorers):
+        return None
+    task = detect_task([*train, *held_out], _schema(recipe))
+    scorer = choose_scorers(recipe.prove.scorers, task)[0]
+    engine = Engine.over(
+        lora,
+        ready.renderer,
+        context_length=base.context_length,
+        tokenizer=base.tokenizer,
+        name=base.name,
+        memory_limit=SAMPLE_MEMORY,
+    )
+    sample, max_tokens = sample_items(held_out, SAMPLE), answer_budget(recipe, train, ready.renderer)
+
+    def score() -> float:
+        training = lora.model.training
+        lora.model.eval()
+        try:
+            return score_sample(Weights(engine, adapter), sample, scorer, max_tokens=max_tokens).mean
+        finally:
+            lora.model.train(training)
+            lora.use(adapter)
+
+    return score
+
+
+def earlier(recipe: Recipe) -> dict[str, Located]:
+    """The earlier runs and adapters among the recipe's contenders. Raises InputError for a name of nothing."""
+    known = {name: locate(name) for name in earlier_names(recipe.prove)}
+    for name, found in known.items():
+        if found == Located(name):
+            raise InputError(f'prove.contenders: "{name}" is no contender, run or adapter')
+    return known
+
+
+def _schema(recipe: Recipe) -> dict[str, Any] | None:
+    return None if recipe.data.schema_file is None else load_schema(recipe.data.schema_file).document
+
+
+def _voices(run: Run, recipe: Recipe, base_hash: str) -> Voices:
+    """The base, the run's own result, and the earlier runs and adapters that the recipe names as contenders."""
+    settings: dict[str, Any] = {"dtype": recipe.base.dtype, "device": recipe.runtime.device}
+    if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
+        settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
+    engine = Engine(recipe.base.model, revision=recipe.base.revision, **settings)
+    result = Located(str(run.model)) if run.tuned() == run.model else Located(recipe.base.model, run.adapter)
+    tuned = {TUNED: _weights(TUNED, result, recipe.base.model, engine, settings)}
+    for name, found in earlier(recipe).items():
+        tuned[name] = _weights(name, found, recipe.base.model, engine, settings)
+    return Voices(Weights(engine, None, base_hash), tuned)
+
+
+def _weights(name: str, found: Located, base: str, engine: Engine, settings: dict[str, Any]) -> Weights:
+    """An adapter joins the engine over its base; a model of its own gets its own engine."""
+    if found.adapter is None:
+        return Weights(Engine(found.base, **settings), None, _hash(Path(found.base)))
+    if found.base != base:
+        engine = Engine(found.base, **settings)
+    engine.add_adapter(name, found.adapter)
+    return Weights(engine, name, _hash(found.adapter))
+
+
+def _hash(folder: Path) -> str:
+    return file_hash(sorted(folder.glob("*.safetensors"))[0])
