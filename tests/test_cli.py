@@ -122,3 +122,23 @@ def test_unknown_runs_and_models_are_told(command: Command) -> None:
     assert command("prove", "nobody")[0] == 2
     assert command("models", "rm", "nothing")[0] == 2
     assert command("chat", "nothing", "hello")[0] == 2
+
+
+def test_where_nothing_is_held_out_the_run_is_what_is_printed(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith import pipeline
+    from tunesmith.store.runs import Run
+
+    (tmp_path / "done" / "adapter").mkdir(parents=True)
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: Run(tmp_path / "done"))
+    path = recipe(tmp_path, GOOD, data={"train": "rows.jsonl", "held_out": 0})
+    status, out, _ = command("run", path, "--json")
+    assert status == 0
+    assert json.loads(out) == {"run": str(tmp_path / "done"), "adapter": str(tmp_path / "done" / "adapter")}
+
+
+def test_a_contender_that_there_is_not_is_said_before_the_training(command: Command, tmp_path: Path) -> None:
+    status, out, err = command("run", recipe(tmp_path, GOOD, prove={"contenders": ["tuned", "last-week"]}))
+    assert (status, out) == (2, "")
+    assert '"last-week" is no contender, run or adapter' in one_sentence(err)

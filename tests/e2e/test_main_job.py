@@ -68,6 +68,9 @@ def test_every_file_of_the_contract_is_there(done: Run) -> None:
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert all(row["computed_tokens"] < row["tokens"] for row in steps)
+    scored = [row for row in read_metrics(done) if "held_out_loss" in row]
+    assert [row["step"] for row in scored] == [1, 2, 3, 4]
+    assert all(0 <= row["score"] <= 1 for row in scored)  # the main scorer, through the engine, as it learns
     lineage, plan = read_json(done.lineage), read_json(done.plan)
     assert lineage["recipe_hash"] == Recipe.load(done.recipe).hash()
     assert plan["actual"]["tokens"] == sum(row["tokens"] for row in steps)

@@ -207,3 +207,16 @@ def test_any_body_will_do():
     assert isinstance(body, ModuleBody)
     _, rows, _ = run((body, parameters), plan(4))
     assert rows[-1].loss < rows[0].loss
+
+
+def test_the_score_says_which_evaluation_was_best():
+    scores = iter([0.5, 0.9, 0.9, 0.2])
+    hooks = Hooks(score=lambda: next(scores))
+    settings = Train(schedule="constant", warmup_ratio=0.0)
+    result, _, evals = run(
+        make_run(), plan(8), held_out=held_out(), eval_every=2, hooks=hooks, settings=settings, lr=1e-3
+    )
+    assert [each.score for each in evals] == [0.5, 0.9, 0.9, 0.2]
+    by_loss = {each.step: each.held_out_loss for each in evals}
+    assert result.progress.best_step == min((4, 6), key=by_loss.__getitem__)  # equal scores: the lower loss
+    assert result.progress.best_score == 0.9
