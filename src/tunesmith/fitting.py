@@ -26,7 +26,7 @@ from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
-from tunesmith.train.bodies import make_body
+from tunesmith.train.bodies import FusedBody, make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from tunesmith.train.estimate import estimate, memory_limit, token_budget
 from tunesmith.train.forward import Body
@@ -37,6 +37,7 @@ from tunesmith.tree.body import prepare as prepare_attention
 from tunesmith.types import TokenizedExample
 
 TUNED = "tuned"  # the adapter's name in memory
+MERGED_SHARE = 8  # of the memory, that weights with the adapter merged in may take through a step
 EVAL_ROWS = 48  # held-out rows scored during training
 AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says auto
 
@@ -161,6 +162,8 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
     limit = memory_limit(ready.recipe.runtime.memory_limit)
+    if isinstance(body, FusedBody):
+        body.decoder.keep_merged = body.decoder.merged_bytes <= limit // MERGED_SHARE
     budget = token_budget(body, parameters, ready.train.examples, limit)
     if not budget:
         raise RefusedError(

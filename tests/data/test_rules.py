@@ -315,7 +315,7 @@ def test_duplicates_and_what_a_random_split_would_leak(tmp_path):
     report = checked(tmp_path, pairs * 105)
     (finding,) = found(report, "duplicates")
     assert len(finding.lines) == 1040
-    assert "1,040 rows of 1,050 repeat an earlier row (10 are distinct)" in finding.reason
+    assert "1,040 rows of 1,050 repeat an earlier one (10 are distinct)" in finding.reason
     assert "a random split would leak 100% of its held-out rows" in finding.reason
     assert not report.blocked
     some = checked(tmp_path, varied(90) + varied(10))

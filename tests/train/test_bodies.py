@@ -93,3 +93,20 @@ def test_evaluation_keeps_nothing():
         total, _ = accumulate(fused, step, sft, backward=False)
     assert total == pytest.approx(accumulate(ModuleBody(model), step, sft, backward=False)[0], rel=1e-10)
     assert not fused.decoder.slabs.free
+
+
+def test_weights_merged_once_a_step_are_merged_again_for_the_next():
+    model = make_decoder("llama")
+    lora = adapted(model)
+    parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
+    fused.decoder.keep_merged = True
+    for layout in (Layout(1000), Layout(90), Layout(1000, lanes=2)):
+        step = make_step(0, 1.0, ROWS, layout)
+        expected, _ = accumulate(ModuleBody(model), make_step(0, 1.0, ROWS, Layout(1000)), sft)
+        wanted = gradients(parameters)
+        total, _ = accumulate(fused, step, sft)
+        assert total == pytest.approx(expected, rel=1e-10)
+        assert worst_error(wanted, gradients(parameters)) < 1e-9
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.add_(0.1)

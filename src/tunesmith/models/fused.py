@@ -8,7 +8,8 @@ name; every other goes through its own modules.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, Pass, Workspace
+from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, MergedWeights, Pass, Workspace
 from tunesmith.models.fused_ops import Norm
 from tunesmith.models.lora import LoraLinear
 from tunesmith.models.stacked import Stack
@@ -69,7 +70,9 @@ class FusedDecoder:
         self.model, self.layers = model, list(layers)
         self.embedding, self.rotary = body.embed_tokens, body.rotary_emb
         self.norm = norm_of(body.norm)
-        self._own = threading.local()
+        self._own, self._merged = threading.local(), MergedWeights()
+        self._steady: MergedWeights | None = None
+        self.keep_merged = False  # the caller knows whether there is memory for it
         like = body.norm.weight.detach()
         first = self.layers[0]
         self.geometry, self.hidden = first.geometry, first.qkv.in_features
@@ -90,7 +93,27 @@ class FusedDecoder:
         """This thread's own."""
         if not hasattr(self._own, "work"):
             self._own.work = Workspace(self.slabs.like)
+        self._own.work.steady = self._steady
         return self._own.work
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """While it is open the adapter doesn't change, so it is merged into the base's weights once."""
+        if not self.keep_merged:
+            yield
+            return
+        self._steady = self._merged
+        try:
+            yield
+        finally:
+            self._steady = None
+            self._merged.forget()
+
+    @property
+    def merged_bytes(self) -> int:
+        """What `keep_merged` costs."""
+        stacks = [stack for layer in self.layers for stack in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return sum(s.in_features * s.out_features for s in stacks) * self.slabs.like.element_size()
 
     @property
     def bytes_per_token(self) -> int:

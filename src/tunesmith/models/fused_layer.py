@@ -9,6 +9,7 @@ are only results of products; norms and the activation are cheaper to compute ag
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,12 +54,36 @@ class Kept:
     extra: Tensor | None = None  # the attention's own
 
 
+class MergedWeights:
+    """Every stack's weights with the adapter in them, made once a step. For several threads."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Stack, Tensor] = {}
+        self._fresh: set[Stack] = set()
+        self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """The adapter is about to change."""
+        self._fresh.clear()
+
+    def of(self, stack: Stack) -> Tensor:
+        with self._lock:
+            if stack not in self._fresh:
+                buffer = self._buffers.get(stack)
+                if buffer is None:
+                    buffer = stack.members[0].weight.new_empty(stack.out_features, stack.in_features)
+                self._buffers[stack] = stack.merged(buffer)
+                self._fresh.add(stack)
+            return self._buffers[stack]
+
+
 class Workspace:
     """Buffers shared by all layers, made when first asked for."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
+        self.steady: MergedWeights | None = None  # while the adapter stays as it is
 
     def take(self, name: str, rows: int, width: int) -> Tensor:
         """[rows, width], contiguous, with whatever was there before."""
@@ -68,6 +93,8 @@ class Workspace:
         return buffer[: rows * width].view(rows, width)
 
     def merged(self, name: str, stack: Stack) -> Tensor:
+        if self.steady is not None:
+            return self.steady.of(stack)
         return stack.merged(self.take(name, stack.out_features, stack.in_features))
 
 

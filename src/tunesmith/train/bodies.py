@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,9 @@ class FusedBody:
     @property
     def head(self) -> Head:
         return head_of(self.model)
+
+    def steady(self) -> AbstractContextManager[None]:
+        return self.decoder.steady()
 
     def __call__(
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False

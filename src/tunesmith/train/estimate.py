@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tunesmith.data.batches import Layout, Step, StepPlan, make_step
+from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
 from tunesmith.train.bodies import FusedBody
 from tunesmith.train.forward import Body, run_tree
 from tunesmith.train.loop import accumulate
@@ -94,7 +94,7 @@ def estimate(
     sampled = [steps[i * len(steps) // count] for count in (min(SAMPLED_STEPS, len(steps)),) for i in range(count)]
     times = len(steps) / len(sampled)
     computed = sum(step.computed_tokens for step in sampled) * times
-    largest = max(tree.prefix + tree.tokens for step in sampled for tree in step.trees)
+    largest = max(_held_tokens(group, step.lanes) for step in sampled for group in step.groups)
     per_token = bytes_per_token(body, steps.examples)
     peak = _fixed_bytes(body, parameters) + largest * per_token
     return Estimate(
@@ -109,6 +109,12 @@ def estimate(
         memory_limit=limit,
         fits=peak <= limit,
     )
+
+
+def _held_tokens(group: Group, lanes: int) -> int:
+    """Tokens between forward and backward at a time: the prefix's and those of as many trees as there are lanes."""
+    prefix = 0 if group.prefix is None else group.prefix.tokens
+    return prefix + sum(sorted(tree.tokens for tree in group.trees)[-lanes:])
 
 
 def _seconds_per_token(
@@ -132,4 +138,5 @@ def _seconds_per_token(
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
     """What does not grow with the micro-batch: what is held now, AdamW's copies, and the slice of logits."""
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    return resident_bytes() + ADAMW_COPIES * trained + 2 * LOGITS_AT_ONCE * 4
+    merged = body.decoder.merged_bytes if isinstance(body, FusedBody) and body.decoder.keep_merged else 0
+    return resident_bytes() + ADAMW_COPIES * trained + merged + 2 * LOGITS_AT_ONCE * 4

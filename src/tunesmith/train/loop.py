@@ -155,11 +155,12 @@ def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
 def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
     """The step's loss and metrics as sums; with `backward` the gradient of loss / weight is added to the parameters."""
     total, metrics = 0.0, dict[str, float]()
-    for group in step.groups:
-        for value, extra in _run_group(body, step, group, loss, backward):
-            total += value
-            for key, amount in extra.items():
-                metrics[key] = metrics.get(key, 0.0) + amount
+    with body.steady():
+        results = [each for group in step.groups for each in _run_group(body, step, group, loss, backward)]
+    for value, extra in results:
+        total += value
+        for key, amount in extra.items():
+            metrics[key] = metrics.get(key, 0.0) + amount
     return total, metrics
 
 

@@ -23,7 +23,7 @@ def contradiction(material: Material) -> Iterator[Note]:
     ceiling = 1 - len(minority) / len(material.rows)
     sources = material.sources(sorted(n for group in groups for n in group))
     reason = (
-        f"{wording.rows(sources)} have {len(groups):,} inputs that are answered in different ways, so exact match can "
+        f"{wording.rows(sources)} share {wording.count(len(groups), 'input')} but not the answer, so exact match can "
         f"reach {ceiling:.1%} at most: {_pairs(material, groups)}"
     )
     severity = "block" if ceiling < LOWEST_CEILING and _has_one_answer(material) else "warn"

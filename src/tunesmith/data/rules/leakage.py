@@ -29,8 +29,9 @@ def duplicates(material: Material) -> Iterator[Note]:
         return
     sources = material.sources(copies)
     leak = random_split_leak(material.same, _fraction(material))
+    repeat = "repeats" if len(sources) == 1 else "repeat"
     reason = (
-        f"{wording.rows(sources)} of {len(material.rows):,} repeat an earlier row ({len(first):,} are distinct); "
+        f"{wording.rows(sources)} of {len(material.rows):,} {repeat} an earlier one ({len(first):,} are distinct); "
         f"a random split would leak {leak:.0%} of its held-out rows into training"
         f"{'' if isinstance(material.data.held_out, str) else ', this one keeps copies together'}"
     )
