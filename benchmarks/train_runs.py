@@ -44,11 +44,12 @@ def make_adapter(folder: Path) -> None:
 
 
 def run_tunesmith(rows: list[Row], adapter: Path, steps: int) -> dict:
-    from tunesmith.data.batches import Layout, StepPlan
+    from tunesmith.data.batches import StepPlan
     from tunesmith.models.lora import wrap
     from tunesmith.models.peft_format import load_adapter
     from tunesmith.recipe import Train
     from tunesmith.train.bodies import make_body
+    from tunesmith.train.estimate import choose_layout, memory_limit
     from tunesmith.train.loop import Hooks, StepMetrics, train
     from tunesmith.train.losses import sft
     from tunesmith.tree.body import prepare
@@ -63,11 +64,13 @@ def run_tunesmith(rows: list[Row], adapter: Path, steps: int) -> dict:
         TokenizedExample(str(i), np.array(ids, dtype=np.int32), np.array(supervised, dtype=np.float32))
         for i, (ids, supervised) in enumerate(rows)
     ]
-    plan = StepPlan(examples, BATCH, steps, 0, False, Layout(token_budget=8192))
+    body, parameters = make_body(model, lora, "tuned"), dict(lora.parameters("tuned"))
+    layout = choose_layout(body, parameters, examples, memory_limit("auto"), share=True, pack=True)
+    assert layout is not None
+    plan = StepPlan(examples, BATCH, steps, 0, False, layout)
     seen: list[StepMetrics] = []
     settings = Train(schedule="constant", warmup_ratio=0.0)
-    parameters = dict(lora.parameters("tuned"))
-    train(make_body(model, lora, "tuned"), parameters, plan, sft, settings, lr=LR, hooks=Hooks(on_step=seen.append))
+    train(body, parameters, plan, sft, settings, lr=LR, hooks=Hooks(on_step=seen.append))
     return report(
         [m.loss for m in seen],
         [m.seconds for m in seen],

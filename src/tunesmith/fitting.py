@@ -26,9 +26,9 @@ from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
-from tunesmith.train.bodies import FusedBody, make_body
+from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from tunesmith.train.estimate import estimate, memory_limit, token_budget
+from tunesmith.train.estimate import choose_layout, estimate, memory_limit
 from tunesmith.train.forward import Body
 from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, train
 from tunesmith.train.losses import sft
@@ -37,7 +37,6 @@ from tunesmith.tree.body import prepare as prepare_attention
 from tunesmith.types import TokenizedExample
 
 TUNED = "tuned"  # the adapter's name in memory
-MERGED_SHARE = 8  # of the memory, that weights with the adapter merged in may take through a step
 EVAL_ROWS = 48  # held-out rows scored during training
 AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says auto
 
@@ -162,19 +161,14 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
     limit = memory_limit(ready.recipe.runtime.memory_limit)
-    if isinstance(body, FusedBody):
-        body.decoder.keep_merged = body.decoder.merged_bytes <= limit // MERGED_SHARE
-    budget = token_budget(body, parameters, ready.train.examples, limit)
-    if not budget:
+    share = abilities.share and not dropout
+    layout = choose_layout(body, parameters, ready.train.examples, limit, share=share, pack=abilities.share)
+    if layout is None:
         raise RefusedError(
             f"training does not fit in {limit / 1e9:.1f} GB: one row of the data alone takes more; "
             "raise runtime.memory_limit, or lower data.max_seq_len",
             gate="plan",
         )
-    share = abilities.share and not dropout
-    longest = max(len(row.input_ids) for row in ready.train.examples)
-    lanes = min(torch.get_num_threads(), budget // longest) if share and section and model.device.type == "cpu" else 1
-    layout = Layout(budget, share=share, pack=abilities.share, lanes=lanes)
     return Trainable(lora, adapter, body, parameters, layout, limit, save)
 
 

@@ -1,22 +1,21 @@
 """Micro-batches side by side: the same gradient, bit for bit the same every time, whoever is done first."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from decoders import gradients, make_decoder, make_rows, worst_error
 from tunesmith.data import batches
-from tunesmith.data.batches import Layout, make_step
+from tunesmith.data.batches import Layout, StepPlan, make_step
 from tunesmith.models.lora import add_new_adapter, wrap
-from tunesmith.recipe import Adapter
+from tunesmith.recipe import Adapter, Train
 from tunesmith.train.bodies import FusedBody, make_body
 from tunesmith.train.lanes import side_by_side
-from tunesmith.train.loop import accumulate
+from tunesmith.train.loop import _MicroBatch, accumulate, train
 from tunesmith.train.losses import sft
 from tunesmith.tree.body import prepare
-
-ROWS = make_rows(prompt=70)
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +72,32 @@ def test_what_a_lane_raises_is_raised():
 
     with pytest.raises(ZeroDivisionError, match="in a lane"):
         side_by_side([bad, lambda: 1], 2)
+
+
+@pytest.mark.parametrize("prompt", [70, 3])
+def test_a_run_in_lanes_learns_what_a_run_without_learns(prompt):
+    """The gradient's values are not enough: fused AdamW reads it as it lies in memory."""
+    rows, ends = make_rows(prompt=prompt), []
+    for lanes in (1, 2):
+        model = make_decoder("llama", torch.float32)
+        lora = wrap(model)
+        add_new_adapter(lora, "a", Adapter(rank=3), seed=0)
+        lora.use("a")
+        prepare(model)
+        parameters = dict(lora.parameters("a"))
+        steps = StepPlan(rows, len(rows), 4, 0, False, Layout(1000, lanes=lanes))
+        train(make_body(model, lora, "a"), parameters, steps, sft, Train(), lr=1e-2)
+        assert all(p.grad.stride() == p.stride() for p in parameters.values())
+        ends.append(parameters)
+    for name, alone in ends[0].items():
+        torch.testing.assert_close(ends[1][name], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_a_gradient_lies_in_memory_like_its_parameter():
+    """Fused AdamW reads both as they lie: a transposed gradient would train with its numbers shuffled."""
+    parameter, grad = torch.nn.Parameter(torch.zeros(6, 4)), torch.randn(4, 6).t()
+    body = SimpleNamespace(parameters=[parameter])
+    for times in (1, 2):
+        _MicroBatch(body, None, None, (), sft, None, (grad,)).add_gradients()
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, times * grad)

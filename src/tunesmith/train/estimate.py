@@ -23,6 +23,8 @@ from tunesmith.types import TokenizedExample
 LARGEST_BUDGET = 8192  # tokens in one micro-batch; beyond that products get no faster
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
+MERGED_SHARE = 8  # an eighth of the memory
+FEW_LEARN = 4  # at most a quarter of the weights
 ADAMW_COPIES = 3  # gradient and two moments
 
 
@@ -55,6 +57,32 @@ def resident_bytes() -> int:
     """Memory this process holds now."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def choose_layout(
+    body: Body,
+    parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[TokenizedExample],
+    limit: int,
+    *,
+    share: bool,
+    pack: bool,
+) -> Layout | None:
+    """How steps are laid out under `limit` bytes; None where not even the longest row fits.
+
+    On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
+    gradient of its own. A fused body keeps the adapter merged through a step where that takes little of the memory.
+    """
+    if isinstance(body, FusedBody):
+        body.decoder.keep_merged = body.decoder.merged_bytes <= limit // MERGED_SHARE
+    budget = token_budget(body, parameters, rows, limit)
+    if not budget:
+        return None
+    trained, whole = (sum(p.numel() for p in each) for each in (parameters.values(), body.model.parameters()))
+    lanes = 1
+    if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
+        lanes = min(torch.get_num_threads(), budget // max(len(row.input_ids) for row in rows))
+    return Layout(budget, share, pack, lanes)
 
 
 def token_budget(

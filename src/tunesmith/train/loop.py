@@ -217,8 +217,12 @@ class _MicroBatch:
 
     def add_gradients(self) -> None:
         for tensor, grad in zip(self._wanted(), self.gradients, strict=True):
-            if grad is not None:
-                tensor.grad = grad if tensor.grad is None else tensor.grad.add_(grad)
+            if grad is None:
+                continue
+            if tensor.grad is None:  # laid out in memory like its tensor: fused AdamW reads both as they lie
+                tensor.grad = torch.empty_like(tensor).copy_(grad)
+            else:
+                tensor.grad.add_(grad)
         self.gradients = ()
 
     def _output(self) -> LossOutput:
