@@ -81,9 +81,9 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     reporter.say(planned.sentence())
     if not planned.fits:
         raise RefusedError(planned.refusal(), gate="plan")
+    score = held_out_scorer(ready, trainable.lora, trainable.adapter)
     run = create_run(place, resume=resume)
     write_json(run.data_report, report.to_json())
-    score = held_out_scorer(ready, trainable.lora, trainable.adapter)
     fit(ready, trainable, planned, run, resume=resume, reporter=reporter, score=score)
     return run
 

@@ -10,12 +10,13 @@ from tunesmith.data.items import items
 from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
 from tunesmith.errors import InputError
-from tunesmith.models.folders import file_hash
+from tunesmith.models.folders import file_hash, weights_hash
 from tunesmith.models.lora import LoraModel
+from tunesmith.models.peft_format import WEIGHTS
 from tunesmith.preparation import Prepared, read_and_split
 from tunesmith.progress import Reporter
 from tunesmith.prove.answering import Weights
-from tunesmith.prove.contenders import TUNED, earlier_names
+from tunesmith.prove.contenders import TUNED, earlier_names, no_contender
 from tunesmith.prove.proving import Options, Voices, answer_budget, prove_items
 from tunesmith.prove.report import Report
 from tunesmith.prove.sample import sample_items, score_sample
@@ -47,7 +48,8 @@ def prove_run(run: Run, reporter: Reporter) -> Report:
 def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Callable[[], float] | None:
     """The main scorer's mean over a few held-out rows, answered by the weights in memory as they are when asked.
 
-    None where there is nothing to score: no held-out rows with an answer, or a scorer that needs another model.
+    None where there is nothing to score: no held-out rows with an answer, a scorer that needs another model, or a run
+    that does not evaluate on its way. Raises InputError for a scorer that there isn't.
     """
     recipe, base = ready.recipe, ready.base
     held_out, train = (
@@ -58,6 +60,8 @@ def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Ca
         return None
     task = detect_task([*train, *held_out], _schema(recipe))
     scorer = choose_scorers(recipe.prove.scorers, task)[0]
+    if recipe.train.eval_every == 0:
+        return None
     engine = Engine.over(
         lora,
         ready.renderer,
@@ -85,7 +89,7 @@ def earlier(recipe: Recipe) -> dict[str, Located]:
     known = {name: locate(name) for name in earlier_names(recipe.prove)}
     for name, found in known.items():
         if found == Located(name):
-            raise InputError(f'prove.contenders: "{name}" is no contender, run or adapter')
+            raise no_contender(name)
     return known
 
 
@@ -109,12 +113,8 @@ def _voices(run: Run, recipe: Recipe, base_hash: str) -> Voices:
 def _weights(name: str, found: Located, base: str, engine: Engine, settings: dict[str, Any]) -> Weights:
     """An adapter joins the engine over its base; a model of its own gets its own engine."""
     if found.adapter is None:
-        return Weights(Engine(found.base, **settings), None, _hash(Path(found.base)))
+        return Weights(Engine(found.base, **settings), None, weights_hash(Path(found.base)))
     if found.base != base:
         engine = Engine(found.base, **settings)
     engine.add_adapter(name, found.adapter)
-    return Weights(engine, name, _hash(found.adapter))
-
-
-def _hash(folder: Path) -> str:
-    return file_hash(sorted(folder.glob("*.safetensors"))[0])
+    return Weights(engine, name, file_hash(found.adapter / WEIGHTS))

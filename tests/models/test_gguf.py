@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tiny_llama
 import torch
 from gguf_files import TOKENIZER, TOKENS, add, write_model
 from safetensors.torch import load_file
@@ -33,15 +34,7 @@ from tunesmith.models.gguf import GGUFFile
 from tunesmith.models.gguf_tokenizer import read_tokenizer
 from tunesmith.models.loading import load_base
 
-SIZES = {
-    "vocab_size": len(TOKENS),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SIZES = {"vocab_size": len(TOKENS)} | tiny_llama.SIZES
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,

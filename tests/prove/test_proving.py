@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from contract import ITEM_FIELDS
 from fakes import FakeEngine, chat_row
 from tunesmith.errors import InputError
 from tunesmith.prove.answering import Weights
@@ -161,16 +162,7 @@ def test_the_report_has_the_contracts_shape(tmp_path):
     assert report["retention"]["kept"] is True
     rows, _ = read_rows(tmp_path / "items.jsonl")
     first = json.loads((tmp_path / "items.jsonl").read_text().split("\n")[1])
-    assert first.keys() >= {
-        "item",
-        "contender",
-        "prompt_tokens",
-        "output",
-        "finish_reason",
-        "scores",
-        "output_tokens",
-        "seconds",
-    }
+    assert first.keys() >= ITEM_FIELDS
     tuned = [row for row in rows if row.contender == "tuned"]
     assert len(tuned) == len(HELD_OUT)
     mean = sum(row.scores["json_fields"] for row in tuned) / len(tuned)

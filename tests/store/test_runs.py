@@ -87,3 +87,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         runs.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_a_run_that_is_not_trained_yet_is_not_taken_for_a_base(tmp_path: Path, own_home: Path) -> None:
+    a_run(own_home / "runs" / "half")
+    for name in ("half", str(own_home / "runs" / "half")):
+        with pytest.raises(InputError, match="no adapter yet"):
+            runs.locate(name)
+    assert runs.locate("some-base") == runs.Located("some-base")

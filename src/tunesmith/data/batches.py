@@ -228,18 +228,19 @@ class _Planner:
         members = [self.order[a:b] for a, b in bins]
         prefix = min(common, *(self._unsupervised(i) for chosen in members for i in chosen))
         if prefix * (len(bins) - 1) < PREFIX_WORTH_KEEPING:
-            groups = [_group(self.examples, chosen, share=True) for chosen in members]
-            yield Group(None, tuple(g.trees[0] for g in groups), tuple(g.examples[0] for g in groups))
-            return
-        first = self.examples[members[0][0]]
-        head = TokenizedExample(first.example_id, first.input_ids[:prefix], np.zeros(prefix, dtype=np.float32))
+            prefix = 0
         trees, used = [], []
         for chosen in members:
             longer = [i for i in chosen if len(self.examples[i].input_ids) > prefix]
             if longer:
                 trees.append(build_tree([self.examples[i] for i in longer], prefix=prefix))
                 used.append(tuple(longer))
-        yield Group(build_tree([head]), tuple(trees), tuple(used))
+        yield Group(self._head(members[0][0], prefix) if prefix else None, tuple(trees), tuple(used))
+
+    def _head(self, i: int, prefix: int) -> TokenTree:
+        """The first `prefix` tokens of an example, for their keys and values alone."""
+        ids = self.examples[i].input_ids[:prefix]
+        return build_tree([TokenizedExample(self.examples[i].example_id, ids, np.zeros(prefix, dtype=np.float32))])
 
     def _unsupervised(self, i: int) -> int:
         """How many leading tokens of an example predict nothing that counts."""

@@ -59,7 +59,8 @@ class Slabs:
         return [self.like.new_empty(self.layers, rows, width) for width in self.widths]
 
     def give(self, slabs: list[Tensor]) -> None:
-        self.free.append(slabs)
+        with self._lock:
+            self.free.append(slabs)
 
 
 class FusedDecoder:

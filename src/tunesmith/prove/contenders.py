@@ -143,8 +143,7 @@ class Bench:
             if self.task.kind != "label":
                 raise InputError('contender "tfidf" is for label tasks, and these answers are no labels; take it out')
             return Classifier(self.pool)
-        known = ", ".join((*BUILT_IN, "MODEL@URL"))
-        raise InputError(f'prove.contenders: "{name}" is neither a run, an adapter, nor one of {known}')
+        raise no_contender(name)
 
     def _choose(self, name: str, variants: Sequence[tuple[str, Contender]]) -> Choice:
         choice = choose(name, variants, self.trial_rows, self.scorer, self.cache)
@@ -190,6 +189,12 @@ class Bench:
         except InputError:
             return False
         return True
+
+
+def no_contender(name: str) -> InputError:
+    """What to say of a name in prove.contenders that stands for nothing."""
+    known = ", ".join((*BUILT_IN, "MODEL@URL"))
+    return InputError(f'prove.contenders: "{name}" is no contender, run or adapter; contenders are {known}')
 
 
 def earlier_names(prove: Prove) -> list[str]:

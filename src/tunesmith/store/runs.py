@@ -156,9 +156,10 @@ def locate(model: str) -> Located:
             return _of_run(run)
         return Located(read_json(path / "adapter_config.json")["base_model_name_or_path"], path)
     try:
-        return _of_run(find_run(model))
+        run = find_run(model)
     except InputError:
         return Located(model)
+    return _of_run(run)
 
 
 def _of_run(run: Run) -> Located:

@@ -106,15 +106,16 @@ def _nothing(_: object) -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to be told, and how it can stop the run."""
+    """What the caller wants to be told, and how it can stop the run.
+
+    `score` measures the weights as they are now; a run that evaluates on its way asks it at every evaluation.
+    """
 
     on_step: Callable[[StepMetrics], None] = _nothing
     on_eval: Callable[[EvalMetrics], None] = _nothing
     on_checkpoint: Callable[[TrainState], None] = _nothing
     should_stop: Callable[[], bool] = field(default=lambda: False)
-    score: Callable[[], float] | None = (
-        None  # of the weights as they are now, at every evaluation of a run that evaluates on its way
-    )
+    score: Callable[[], float] | None = None
 
 
 def train(
@@ -170,23 +171,19 @@ def _run_group(
     cache = None if group.prefix is None else run_prefix(body, group.prefix)
     chosen = [pair for pair in zip(group.trees, group.examples, strict=True) if len(pair[0].rows)]
     lanes = min(step.lanes, len(chosen))
-    tasks = [_MicroBatch(body, step, *pair, loss, None if cache is None else cache.leaves()) for pair in chosen]
+    leaves = None if cache is None else cache.leaves()
+    tasks = [_MicroBatch(body, step, *pair, loss, leaves) for pair in chosen]
     if lanes < 2 or not backward:
         results = side_by_side([partial(task.run, backward) for task in tasks], max(1, lanes))
     else:
         results = side_by_side([task.run_apart for task in tasks], lanes)
         for task in tasks:
             task.add_gradients()
-    if backward and cache is not None:
-        ends = [
-            (tensor, leaf.grad)
-            for task in tasks
-            if task.leaves is not None
-            for tensor, leaf in zip(cache.tensors(), task.leaves.tensors(), strict=True)
-            if tensor.requires_grad and leaf.grad is not None
-        ]
-        if ends:
-            torch.autograd.backward([tensor for tensor, _ in ends], [grad for _, grad in ends])
+    if backward and cache is not None and leaves is not None:
+        pairs = zip(cache.tensors(), leaves.tensors(), strict=True)
+        reached = [(t, leaf.grad) for t, leaf in pairs if t.requires_grad and leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
     return results
 
 
