@@ -11,7 +11,7 @@ from tunesmith.data import batches
 from tunesmith.data.batches import Layout, StepPlan, make_step
 from tunesmith.models.lora import add_new_adapter, wrap
 from tunesmith.recipe import Adapter, Train
-from tunesmith.train.bodies import FusedBody, make_body
+from tunesmith.train.bodies import make_body
 from tunesmith.train.lanes import side_by_side
 from tunesmith.train.loop import _MicroBatch, accumulate, train
 from tunesmith.train.losses import sft
@@ -35,8 +35,6 @@ def test_lanes_give_the_same_gradient_every_time(name, prompt):
     lora.use("a")
     prepare(model)
     body, parameters = make_body(model, lora, "a"), dict(lora.parameters("a"))
-    if isinstance(body, FusedBody):
-        body.decoder.keep_merged = True
     expected, _ = accumulate(body, make_step(0, 1.0, rows, Layout(1000)), sft)
     wanted = gradients(parameters)
     for lanes in (2, 3):

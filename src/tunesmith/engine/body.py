@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from tunesmith.engine.attention import CacheContext, Span
 from tunesmith.engine.cache import KvSpec, Slots
-from tunesmith.engine.projection import AdapterTables, Mix, PackedLinear, Projection, Segment
+from tunesmith.engine.projection import AdapterTables, Mix, Projection, Segment
 from tunesmith.models.lora import LoraModel
+from tunesmith.models.packed import PackedLinear
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import Head
 

@@ -18,24 +18,10 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.lora import LoraLinear, LoraModel
+from tunesmith.models.packed import PackedLinear
 
 Segment = tuple[str, int, int]  # adapter, first row, one past the last
-PACKED_FOR = 64  # rows the packed layout is chosen for; it serves any number
 FIRST_ROOM = 32  # ranks
-
-
-class PackedLinear:
-    """y = x W^T + b over linears that share their input, their weights stacked and laid out for oneDNN."""
-
-    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), PACKED_FOR)
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            pairs = zip(weights, biases, strict=True)
-            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ name; every other goes through its own modules.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, MergedWeights, Pass, Workspace
+from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, Pass, Workspace
 from tunesmith.models.fused_ops import Norm
 from tunesmith.models.lora import LoraLinear
 from tunesmith.models.stacked import Stack
@@ -64,16 +63,14 @@ class Slabs:
 
 
 class FusedDecoder:
-    """The body of a model whose every linear is a LoraLinear, with one adapter merged in. Float32 or float64, CPU."""
+    """The body of a model whose every linear is a LoraLinear, with one adapter over it. Float32 or float64, CPU."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[FusedLayer]) -> None:
         body: Any = model.base_model
         self.model, self.layers = model, list(layers)
         self.embedding, self.rotary = body.embed_tokens, body.rotary_emb
         self.norm = norm_of(body.norm)
-        self._own, self._merged = threading.local(), MergedWeights()
-        self._steady: MergedWeights | None = None
-        self.keep_merged = False  # the caller knows whether there is memory for it
+        self._own = threading.local()
         like = body.norm.weight.detach()
         first = self.layers[0]
         self.geometry, self.hidden = first.geometry, first.qkv.in_features
@@ -85,6 +82,7 @@ class FusedDecoder:
             first.geometry.q,
             self.hidden,
             2 * first.geometry.intermediate,
+            max(sum(stack.rank for stack in layer.stacks) for layer in self.layers),
         )
         self.slabs, self.one_layer = Slabs(widths, len(self.layers), like), Slabs(widths, 1, like)
         self.lowest = next((layer.index for layer in self.layers if layer.learns), len(self.layers))
@@ -94,27 +92,19 @@ class FusedDecoder:
         """This thread's own."""
         if not hasattr(self._own, "work"):
             self._own.work = Workspace(self.slabs.like)
-        self._own.work.steady = self._steady
         return self._own.work
 
-    @contextmanager
-    def steady(self) -> Iterator[None]:
-        """While it is open the adapter doesn't change, so it is merged into the base's weights once."""
-        if not self.keep_merged:
-            yield
-            return
-        self._steady = self._merged
-        try:
-            yield
-        finally:
-            self._steady = None
-            self._merged.forget()
+    def pack(self) -> None:
+        """Copy the frozen weights into layouts for fast products; the caller knows whether there is memory for it."""
+        for layer in self.layers:
+            for stack in layer.stacks:
+                stack.pack()
 
     @property
-    def merged_bytes(self) -> int:
-        """What `keep_merged` costs."""
-        stacks = [stack for layer in self.layers for stack in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        return sum(s.in_features * s.out_features for s in stacks) * self.slabs.like.element_size()
+    def packed_bytes(self) -> int:
+        """What `pack` costs."""
+        numbers = sum(s.in_features * s.out_features for layer in self.layers for s in layer.stacks)
+        return 2 * numbers * self.slabs.like.element_size()
 
     @property
     def bytes_per_token(self) -> int:
@@ -137,8 +127,8 @@ class FusedDecoder:
         for layer in self.layers:
             final, slot = layer is self.layers[-1], layer.index if keep else 0
             tail = len(rows) if final else tokens
-            _, raw, qkv, attended, mid, gate_up = (slab[slot, :tokens] for slab in slabs)
-            here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail])
+            _, raw, qkv, attended, mid, gate_up, thin = (slab[slot, :tokens] for slab in slabs)
+            here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail], layer.by_stack(thin, tail))
             x_next = last if final else slabs[0][layer.index + 1, :tokens] if keep else x
             layer.forward(context, here, x_next, rows if final else None)
             kept.append(here)

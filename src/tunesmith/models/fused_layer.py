@@ -3,18 +3,17 @@
     x   -> norm -> q, k, v -> rotary -> attention -> o    + x   = mid
     mid -> norm -> gate, up -> silu(gate) * up    -> down + mid = x of the next layer
 
-Rows go through it in slices small enough for the cache, with the adapter merged into the weights. Kept for the backward
-are only results of products; norms and the activation are cheaper to compute again than to fetch from memory.
+Rows go through it in slices small enough for the cache. Kept for the backward are only results of products; norms and
+the activation are cheaper to compute again than to fetch from memory.
 """
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from tunesmith.models.fused_ops import Norm, rotate_, swiglu, swiglu_backward
@@ -51,30 +50,8 @@ class Kept:
     attended: Tensor  # [rows, q]
     mid: Tensor  # [tail rows, hidden]
     gate_up: Tensor  # [tail rows, 2 * intermediate]
+    thin: tuple[Tensor, ...]  # the adapters' h of qkv [rows, rank], of o, gate_up and down [tail rows, rank]
     extra: Tensor | None = None  # the attention's own
-
-
-class MergedWeights:
-    """Every stack's weights with the adapter in them, made once a step. For several threads."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[Stack, Tensor] = {}
-        self._fresh: set[Stack] = set()
-        self._lock = threading.Lock()
-
-    def forget(self) -> None:
-        """The adapter is about to change."""
-        self._fresh.clear()
-
-    def of(self, stack: Stack) -> Tensor:
-        with self._lock:
-            if stack not in self._fresh:
-                buffer = self._buffers.get(stack)
-                if buffer is None:
-                    buffer = stack.members[0].weight.new_empty(stack.out_features, stack.in_features)
-                self._buffers[stack] = stack.merged(buffer)
-                self._fresh.add(stack)
-            return self._buffers[stack]
 
 
 class Workspace:
@@ -83,7 +60,6 @@ class Workspace:
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
-        self.steady: MergedWeights | None = None  # while the adapter stays as it is
 
     def take(self, name: str, rows: int, width: int) -> Tensor:
         """[rows, width], contiguous, with whatever was there before."""
@@ -91,11 +67,6 @@ class Workspace:
         if buffer is None or buffer.numel() < rows * width:
             buffer = self.buffers[name] = self.like.new_empty(rows * width)
         return buffer[: rows * width].view(rows, width)
-
-    def merged(self, name: str, stack: Stack) -> Tensor:
-        if self.steady is not None:
-            return self.steady.of(stack)
-        return stack.merged(self.take(name, stack.out_features, stack.in_features))
 
 
 @dataclass(frozen=True)
@@ -145,17 +116,25 @@ class FusedLayer:
     down: Stack
 
     @property
+    def stacks(self) -> tuple[Stack, Stack, Stack, Stack]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def by_stack(self, thin: Tensor, tail: int) -> tuple[Tensor, ...]:
+        """[rows, ranks] -> every stack's h, views; all but that of q, k, v have `tail` rows."""
+        ends = list(itertools.accumulate(stack.rank for stack in self.stacks))
+        return (thin[:, : ends[0]], *(thin[:tail, a:b] for a, b in itertools.pairwise(ends)))
+
+    @property
     def learns(self) -> bool:
-        return any(stack.rank for stack in (self.qkv, self.o, self.gate_up, self.down))
+        return any(stack.rank for stack in self.stacks)
 
     def forward(self, here: Pass, kept: Kept, x_next: Tensor, rows: Tensor | None = None) -> None:
         """Fills `kept`, whose x is given, and x_next; with `rows` [tail rows] only those, in that order."""
         geometry, work = self.geometry, here.work
-        merged = work.merged("qkv", self.qkv)
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)
             self.input_norm.forward(kept.x[s], normed)
-            self.qkv.forward(normed, merged, kept.qkv[s])
+            self.qkv.forward(normed, kept.thin[0][s], kept.qkv[s])
             q_and_k = kept.qkv[s, : geometry.q + geometry.k]
             if self.head_norms is not None:
                 kept.raw[s] = q_and_k
@@ -168,15 +147,15 @@ class FusedLayer:
 
     def _tail(self, work: Workspace, kept: Kept, x_next: Tensor, rows: Tensor | None) -> None:
         x, attended = (kept.x, kept.attended) if rows is None else (kept.x[rows], kept.attended[rows])
-        merged = [work.merged(name, stack) for name, stack in (("o", self.o), ("gu", self.gate_up), ("d", self.down))]
+        _, h_o, h_gate_up, h_down = kept.thin
         for s in slices(len(x)):
-            self.o.forward(attended[s], merged[0], kept.mid[s], residual=x[s])
+            self.o.forward(attended[s], h_o[s], kept.mid[s], residual=x[s])
             normed = work.take("normed", s.stop - s.start, self.gate_up.in_features)
             self.mlp_norm.forward(kept.mid[s], normed)
-            self.gate_up.forward(normed, merged[1], kept.gate_up[s])
+            self.gate_up.forward(normed, h_gate_up[s], kept.gate_up[s])
             active = work.take("active", s.stop - s.start, self.geometry.intermediate)
             swiglu(kept.gate_up[s], active)
-            self.down.forward(active, merged[2], x_next[s], residual=kept.mid[s])
+            self.down.forward(active, h_down[s], x_next[s], residual=kept.mid[s])
 
     def backward(
         self,
@@ -210,21 +189,21 @@ class FusedLayer:
     ) -> None:
         """dx of the layer's output becomes dx of `mid`; writes the gradient of what attention gave."""
         o, gate_up, down = StackGradients(self.o), StackGradients(self.gate_up), StackGradients(self.down)
-        merged = [work.merged(name, stack) for name, stack in (("o", self.o), ("gu", self.gate_up), ("d", self.down))]
+        _, h_o, h_gate_up, h_down = kept.thin
         for s in slices(len(dx)):
             count, wide = s.stop - s.start, self.geometry.intermediate
-            d_active, active = work.take("d_active", count, wide), work.take("active", count, wide)
-            torch.mm(dx[s], merged[2], out=d_active)
-            d_gate_up = work.take("d_gate_up", count, 2 * wide)
-            swiglu_backward(d_active, kept.gate_up[s], active, d_gate_up)
-            down.add(active, dx[s])
+            active, d_gate_up = work.take("active", count, wide), work.take("d_gate_up", count, 2 * wide)
+            g = self.down.upstream(dx[s])
+            swiglu_backward(self.down.through(dx[s], g), kept.gate_up[s], active, d_gate_up)
+            down.add(active, h_down[s], dx[s], g)
             normed = work.take("normed", count, dx.shape[1])
             rstd = self.mlp_norm.forward(kept.mid[s], normed)
-            gate_up.add(normed, d_gate_up)
-            d_normed = torch.mm(d_gate_up, merged[1], out=normed)
-            self.mlp_norm.backward(d_normed, kept.mid[s], rstd, dx[s])
-            o.add(attended[s], dx[s])
-            torch.mm(dx[s], merged[0], out=d_attended[s])
+            g = self.gate_up.upstream(d_gate_up)
+            gate_up.add(normed, h_gate_up[s], d_gate_up, g)
+            self.mlp_norm.backward(self.gate_up.through(d_gate_up, g), kept.mid[s], rstd, dx[s])
+            g = self.o.upstream(dx[s])
+            o.add(attended[s], h_o[s], dx[s], g)
+            d_attended[s] = self.o.through(dx[s], g)
         for gradients in (o, gate_up, down):
             gradients.collect(grads)
 
@@ -232,7 +211,6 @@ class FusedLayer:
         self, here: Pass, kept: Kept, d_qkv: Tensor, dx: Tensor, grads: dict[int, Tensor], wants_dx: bool
     ) -> None:
         geometry, gradients = self.geometry, StackGradients(self.qkv)
-        merged = here.work.merged("qkv", self.qkv)
         for s in slices(len(dx)):
             d_q_and_k = d_qkv[s, : geometry.q + geometry.k]
             rotate_(geometry.by_head(d_q_and_k), here.rope[0][s], -here.rope[1][s])
@@ -241,10 +219,10 @@ class FusedLayer:
                     norm.backward_in_place(geometry.by_head(d_q_and_k[:, part]), geometry.by_head(kept.raw[s, part]))
             normed = here.work.take("normed", s.stop - s.start, dx.shape[1])
             rstd = self.input_norm.forward(kept.x[s], normed)
-            gradients.add(normed, d_qkv[s])
+            g = self.qkv.upstream(d_qkv[s])
+            gradients.add(normed, kept.thin[0][s], d_qkv[s], g)
             if wants_dx:
-                d_normed = torch.mm(d_qkv[s], merged, out=normed)
-                self.input_norm.backward(d_normed, kept.x[s], rstd, dx[s])
+                self.input_norm.backward(self.qkv.through(d_qkv[s], g), kept.x[s], rstd, dx[s])
         gradients.collect(grads)
 
 

@@ -1,12 +1,9 @@
-"""Linears that read the same input, computed as one product, with one adapter merged in.
+"""Linears that read the same input, computed as one product, with one adapter beside it.
 
-    y = x (W + s B A)^T      for q, k, v together, and for gate and up
+    h = x A^T     y = x W^T + s h B^T      for q, k, v together, and for gate and up
 
-W + s B A is written into a buffer just before use: for a few hundred rows that costs less than the adapter's own two
-thin products, and is exact to rounding.
-
-The base's weights stay where they are. Only adapters learn here: their gradients need x, dy and the thin products
-h = x A^T and g = s dy B:  dA = g^T x,  dB = s dy^T h.
+The base is frozen, so its weights may be packed once for both directions. Only adapters learn here: with g = s dy B
+    dx = dy W + g A,     dA = g^T x,     dB = s dy^T h
 """
 
 from __future__ import annotations
@@ -18,55 +15,83 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.lora import LoraLinear, LoraWeights
+from tunesmith.models.packed import PackedPair, can_pack
 
 
 @dataclass(frozen=True)
 class _Member:
     weight: Tensor  # [out, in]
+    bias: Tensor | None
     adapter: LoraWeights | None
     out: slice  # its columns of the stacked output
     ranks: slice  # its columns of the stacked thin product
 
 
 class Stack:
-    """Several linears over one input. Shapes: x [rows, in], y and dy [rows, out], out all members' together."""
+    """Several linears over one input. Shapes: x [rows, in], y and dy [rows, out], h and g [rows, rank].
+
+    `out` and `rank` are all members' together.
+    """
 
     def __init__(self, linears: Sequence[LoraLinear], adapter: str) -> None:
         self.members: list[_Member] = []
         out = rank = 0
         for linear in linears:
-            weights = linear.adapters.get(adapter)
+            weights, bias = linear.adapters.get(adapter), linear.base.bias
             width, thin = linear.out_features, 0 if weights is None else weights.a.shape[0]
-            own = _Member(linear.base.weight, weights, slice(out, out + width), slice(rank, rank + thin))
-            self.members.append(own)
+            columns = slice(out, out + width), slice(rank, rank + thin)
+            self.members.append(_Member(linear.base.weight.detach(), bias, weights, *columns))
             out, rank = out + width, rank + thin
         self.in_features, self.out_features, self.rank = linears[0].in_features, out, rank
-        biases = [linear.base.bias for linear in linears]
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            parts = [linear.base.weight.new_zeros(linear.out_features) for linear in linears]
-            self.bias = torch.cat([p if b is None else b for p, b in zip(parts, biases, strict=True)]).detach()
+        self._packed: PackedPair | None = None
 
-    def merged(self, out: Tensor) -> Tensor:
-        """W + s B A of all members [out, in], written into `out`; the weight itself where there is nothing to merge."""
-        if len(self.members) == 1 and self.members[0].adapter is None:
-            return self.members[0].weight.detach()
+    def pack(self) -> None:
+        """Lay the weights out for fast products, where they can be: a second and a third copy of them."""
+        weights = [member.weight for member in self.members]
+        if all(can_pack(weight) for weight in weights):
+            self._packed = PackedPair(weights)
+
+    def down(self) -> Tensor:
+        """Every member's A as it is now, [rank, in]."""
+        found = [member.adapter.a.detach() for member in self.members if member.adapter is not None]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """out = x (W + s B A)^T + bias (+ residual), and h = x A^T."""
+        y = out if self._packed is None else self._packed.forward(x)
+        if self.rank:
+            torch.mm(x, self.down().t(), out=h)
         for member in self.members:
-            target, adapter = out[member.out], member.adapter
-            if adapter is None:
-                target.copy_(member.weight)
-            else:
-                torch.addmm(member.weight, adapter.b, adapter.a, alpha=adapter.scaling, out=target)
-        return out
+            own = y[:, member.out]
+            if self._packed is None:
+                torch.mm(x, member.weight.t(), out=own)
+            if member.bias is not None:
+                own += member.bias
+            if member.adapter is not None:
+                own.addmm_(h[:, member.ranks], member.adapter.b.detach().t(), alpha=member.adapter.scaling)
+        if residual is not None:
+            torch.add(y, residual, out=out)
+        elif y is not out:
+            out.copy_(y)
 
-    def forward(self, x: Tensor, merged: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """out = x W'^T + bias (+ residual)."""
-        if residual is None:
-            torch.mm(x, merged.t(), out=out)
+    def through(self, dy: Tensor, g: Tensor) -> Tensor:
+        """dx = dy W + g A, new."""
+        if self._packed is not None:
+            dx = self._packed.backward(dy)
         else:
-            torch.addmm(residual, x, merged.t(), out=out)
-        if self.bias is not None:
-            out += self.bias
+            dx = dy.new_zeros(len(dy), self.in_features)
+            for member in self.members:
+                dx.addmm_(dy[:, member.out], member.weight)
+        return dx.addmm_(g, self.down()) if self.rank else dx
+
+    def upstream(self, dy: Tensor) -> Tensor:
+        """g = s dy B."""
+        g = dy.new_empty(len(dy), self.rank)
+        for member in self.members:
+            if member.adapter is not None:
+                torch.mm(dy[:, member.out], member.adapter.b.detach(), out=g[:, member.ranks])
+                g[:, member.ranks] *= member.adapter.scaling
+        return g
 
 
 class StackGradients:
@@ -76,31 +101,19 @@ class StackGradients:
     """
 
     def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        adapters = [m.adapter for m in stack.members if m.adapter is not None]
-        self.a = torch.cat([adapter.a.detach() for adapter in adapters]) if adapters else None  # [ranks, in]
-        self.grad_a = None if self.a is None else torch.zeros_like(self.a)
-        self.grad_b = [
-            None if m.adapter is None else m.adapter.b.new_zeros(m.adapter.b.t().shape) for m in stack.members
-        ]
+        self.learning = [(member, member.adapter) for member in stack.members if member.adapter is not None]
+        self.grad_a = stack.members[0].weight.new_zeros(stack.rank, stack.in_features)
+        self.grad_b = [adapter.b.new_zeros(adapter.b.t().shape) for _, adapter in self.learning]
 
-    def add(self, x: Tensor, dy: Tensor) -> None:
-        if self.a is None or self.grad_a is None:
+    def add(self, x: Tensor, h: Tensor, dy: Tensor, g: Tensor) -> None:
+        if not self.learning:
             return
-        thin = x @ self.a.t()
-        upstream = torch.empty_like(thin)
-        for member, grad_b in zip(self.stack.members, self.grad_b, strict=True):
-            if member.adapter is None or grad_b is None:
-                continue
-            own = dy[:, member.out]
-            torch.mm(own, member.adapter.b.detach(), out=upstream[:, member.ranks])
-            upstream[:, member.ranks] *= member.adapter.scaling
-            grad_b.addmm_(thin[:, member.ranks].t(), own, alpha=member.adapter.scaling)
-        self.grad_a.addmm_(upstream.t(), x)
+        for (member, adapter), grad in zip(self.learning, self.grad_b, strict=True):
+            grad.addmm_(h[:, member.ranks].t(), dy[:, member.out], alpha=adapter.scaling)
+        self.grad_a.addmm_(g.t(), x)
 
     def collect(self, into: dict[int, Tensor]) -> None:
         """File the gradients under their parameters' identities."""
-        for member, grad_b in zip(self.stack.members, self.grad_b, strict=True):
-            if member.adapter is not None and grad_b is not None and self.grad_a is not None:
-                into[id(member.adapter.a)] = self.grad_a[member.ranks]
-                into[id(member.adapter.b)] = grad_b.t()
+        for (member, adapter), grad in zip(self.learning, self.grad_b, strict=True):
+            into[id(adapter.a)] = self.grad_a[member.ranks]
+            into[id(adapter.b)] = grad.t()

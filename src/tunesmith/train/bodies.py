@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ from transformers import PreTrainedModel
 
 from tunesmith.models.fused import FusedDecoder, fuse
 from tunesmith.models.lora import LoraModel
+from tunesmith.models.packed import PackedPair, can_pack
 from tunesmith.train.forward import Body, ModuleBody
 from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
 from tunesmith.tree.body import run_body
-from tunesmith.tree.heads import Head, head_of
+from tunesmith.tree.heads import head_of
 from tunesmith.tree.layout import TokenTree, build_tree
 from tunesmith.types import TokenizedExample
 
@@ -88,14 +88,17 @@ class FusedBody:
         parameters: list[nn.Parameter],
     ) -> None:
         self.model, self.decoder, self.layers, self.parameters = model, decoder, layers, parameters
-        self.device = model.device
+        self.device, self.head = model.device, head_of(model)
+
+    def pack(self) -> None:
+        """Take another `packed_bytes` for copies of the frozen weights that make products faster."""
+        self.decoder.pack()
+        if can_pack(self.head.weight) and not self.head.weight.requires_grad:
+            self.head = replace(self.head, products=PackedPair([self.head.weight.detach()]))
 
     @property
-    def head(self) -> Head:
-        return head_of(self.model)
-
-    def steady(self) -> AbstractContextManager[None]:
-        return self.decoder.steady()
+    def packed_bytes(self) -> int:
+        return self.decoder.packed_bytes + 2 * self.head.weight.numel() * self.head.weight.element_size()
 
     def __call__(
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False

@@ -23,7 +23,7 @@ from tunesmith.types import TokenizedExample
 LARGEST_BUDGET = 8192  # tokens in one micro-batch; beyond that products get no faster
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
-MERGED_SHARE = 8  # an eighth of the memory
+PACKED_SHARE = 3  # a third of the memory
 FEW_LEARN = 4  # at most a quarter of the weights
 ADAMW_COPIES = 3  # gradient and two moments
 
@@ -71,10 +71,10 @@ def choose_layout(
     """How steps are laid out under `limit` bytes; None where not even the longest row fits.
 
     On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
-    gradient of its own. A fused body keeps the adapter merged through a step where that takes little of the memory.
+    gradient of its own. A fused body packs the frozen weights where that takes little of the memory.
     """
-    if isinstance(body, FusedBody):
-        body.decoder.keep_merged = body.decoder.merged_bytes <= limit // MERGED_SHARE
+    if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
+        body.pack()
     budget = token_budget(body, parameters, rows, limit)
     if not budget:
         return None
@@ -166,5 +166,4 @@ def _seconds_per_token(
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
     """What does not grow with the micro-batch: what is held now, AdamW's copies, and the slice of logits."""
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    merged = body.decoder.merged_bytes if isinstance(body, FusedBody) and body.decoder.keep_merged else 0
-    return resident_bytes() + ADAMW_COPIES * trained + merged + 2 * LOGITS_AT_ONCE * 4
+    return resident_bytes() + ADAMW_COPIES * trained + 2 * LOGITS_AT_ONCE * 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,10 +33,6 @@ class Body(Protocol):
     @property
     def head(self) -> Head: ...
 
-    def steady(self) -> AbstractContextManager[None]:
-        """While it is open no parameter changes."""
-        ...
-
     def __call__(
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False
     ) -> tuple[Tensor, PrefixCache | None]:
@@ -54,9 +49,6 @@ class ModuleBody:
     @property
     def head(self) -> Head:
         return head_of(self.model)
-
-    def steady(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def __call__(
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False

@@ -156,8 +156,7 @@ def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
 def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
     """The step's loss and metrics as sums; with `backward` the gradient of loss / weight is added to the parameters."""
     total, metrics = 0.0, dict[str, float]()
-    with body.steady():
-        results = [each for group in step.groups for each in _run_group(body, step, group, loss, backward)]
+    results = [each for group in step.groups for each in _run_group(body, step, group, loss, backward)]
     for value, extra in results:
         total += value
         for key, amount in extra.items():

@@ -9,24 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-LOGITS_AT_ONCE = 1 << 23  # 32 MB of float32
+LOGITS_AT_ONCE = 1 << 22  # 16 MB of float32: what stays in a cache, and an allocator gives again without new pages
+
+
+class Products(Protocol):
+    """A weight that does not change, laid out for fast products. Both return new tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        ...
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """dy W."""
+        ...
 
 
 @dataclass(frozen=True)
 class Head:
-    """hidden [rows, hidden] -> logits [rows, vocabulary] = cap(scale * (hidden @ weight.T + bias))."""
+    """hidden [rows, hidden] -> logits [rows, vocabulary] = cap(scale * (hidden @ weight.T + bias)).
+
+    `products`, where the weight is frozen and there is memory for it, computes the same faster.
+    """
 
     weight: Tensor  # [vocabulary, hidden]
     bias: Tensor | None = None
     scale: float = 1.0  # Granite, Cohere
     softcap: float | None = None  # Gemma 2: softcap * tanh(logits / softcap)
+    products: Products | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.finish(nn.functional.linear(hidden, self.weight, self.bias))
@@ -94,11 +110,14 @@ class _Slice:
 def _slices(hidden: Tensor, head: Head, entries: Entries) -> Iterator[_Slice]:
     vocabulary, dtype = head.weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     size = max(1, LOGITS_AT_ONCE // vocabulary)
-    buffer = torch.empty(min(size, len(hidden)), vocabulary, dtype=hidden.dtype, device=hidden.device)
+    buffer = hidden.new_empty(min(size, len(hidden)) if head.products is None else 0, vocabulary)
     for start in range(0, len(hidden), size):
         stop = min(start + size, len(hidden))
         first, last = torch.searchsorted(entries.rows, torch.tensor([start, stop], device=hidden.device)).tolist()
-        logits = torch.mm(hidden[start:stop], head.weight.t(), out=buffer[: stop - start]).to(dtype)
+        if head.products is None:
+            logits = torch.mm(hidden[start:stop], head.weight.t(), out=buffer[: stop - start]).to(dtype)
+        else:
+            logits = head.products.forward(hidden[start:stop])
         if head.bias is not None:
             logits += head.bias
         if head.scale != 1.0:
@@ -136,7 +155,11 @@ class _Gradients:
             grad *= self.head.scale
         grad = grad.to(self.source.dtype)
         if self.hidden is not None:
-            torch.mm(grad, self.head.weight, out=self.hidden[here.start : here.stop])
+            into = self.hidden[here.start : here.stop]
+            if self.head.products is None:
+                torch.mm(grad, self.head.weight, out=into)
+            else:
+                into.copy_(self.head.products.backward(grad))
         if self.weight is not None:
             self.weight.addmm_(grad.t(), self.source[here.start : here.stop])
         if self.bias is not None:

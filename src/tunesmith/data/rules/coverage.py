@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def length_shift(material: Material) -> Iterator[Note]:
         held_out = sorted(len(texts[n]) for n in numbers if n >= count)
         if min(len(train), len(held_out)) < FEWEST:
             continue
-        test = ks_2samp(train, held_out, method="asymp")
+        test: Any = ks_2samp(train, held_out, method="asymp")
         if test.statistic > APART and test.pvalue < 1e-3:
             usual = [side[len(side) // 2] for side in (held_out, train)]
             reason = f"held-out {what} have {usual[0]:,} characters by the median, those trained on {usual[1]:,}"
