@@ -11,13 +11,16 @@ _FENCE = re.compile(r"```(?:json|JSON)?\s*\n(.*?)```", re.DOTALL)
 
 
 class InvalidJson(ValueError):
-    """The text is no JSON value, or one with NaN, Infinity or the same key twice."""
+    """The text is no JSON value, or one with NaN or Infinity."""
 
 
 def parse_json(text: str) -> Any:
-    """The text as one JSON value by RFC 8259; NaN, Infinity and repeated keys are refused. Raises InvalidJson."""
+    """The text as one JSON value by RFC 8259, read as a program reads it: of a repeated key the last value counts.
+
+    Raises InvalidJson, for NaN and Infinity too.
+    """
     try:
-        return json.loads(text.strip(), object_pairs_hook=_once, parse_constant=_refuse)
+        return json.loads(text.strip(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise InvalidJson(str(error)) from None
 
@@ -36,7 +39,7 @@ def find_json(text: str) -> Any:
             return parse_json(fenced.group(1))
         except InvalidJson:
             pass
-    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
+    decoder = json.JSONDecoder(parse_constant=_refuse)
     for start in [match.start() for match in re.finditer(r"[{\[]", text)][:20]:
         try:
             return decoder.raw_decode(text, start)[0]
@@ -82,13 +85,6 @@ def _leaf(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return json.dumps(value, ensure_ascii=False)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key stands twice")
-    return content
 
 
 def _refuse(constant: str) -> Any:

@@ -11,7 +11,7 @@ from tunesmith.types import Item
 
 
 def json_valid() -> Scorer:
-    """1 where the whole answer is one JSON value (RFC 8259): nothing around it, no NaN, no key twice."""
+    """1 where the whole answer is one JSON value (RFC 8259): nothing around it, no NaN."""
     return Scorer("json_valid", "1 if the whole answer is valid JSON", _is_valid, needs_expected=False)
 
 

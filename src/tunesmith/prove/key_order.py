@@ -3,7 +3,7 @@
 A grammar made from `properties` forces the schema's own order of keys (llguidance, and others). JSON objects have no
 order, and training rows often list keys as they occur in a text. A model made to answer in an order it was not trained
 on does worse for no reason, so such a schema's properties become patternProperties, which leave the order free. What
-that gives up (`required`, no key twice) the scorers still measure, against the schema as it was given.
+that gives up (`required`) the scorers still measure, against the schema as it was given.
 """
 
 from __future__ import annotations
