@@ -31,7 +31,7 @@ from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from tunesmith.train.estimate import choose_layout, estimate, memory_limit
 from tunesmith.train.forward import Body
-from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, train
+from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, evaluate, train
 from tunesmith.train.methods import Method, method_of
 from tunesmith.train.rate import choose_lr
 from tunesmith.tree.body import prepare as prepare_attention
@@ -87,7 +87,10 @@ def fit(
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
+    held_out = make_step(0, 0.0, sample, trainable.layout) if sample else None
     with _Watch(run, len(steps), reporter) as watch:
+        if held_out is not None and not method.has_answers and not read_metrics(run):
+            watch.hooks().on_eval(evaluate(trainable.body, held_out, method.loss, 0))  # where training starts from
         result = train(
             trainable.body,
             trainable.parameters,
@@ -95,7 +98,7 @@ def fit(
             method.loss,
             settings,
             lr=lr,
-            held_out=make_step(0, 0.0, sample, trainable.layout) if sample else None,
+            held_out=held_out,
             eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
             save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
             hooks=replace(watch.hooks(), score=score),

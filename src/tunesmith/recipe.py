@@ -73,6 +73,10 @@ class Sft(Section):
     kind: Literal["sft"] = "sft"
 
 
+class Cpt(Section):
+    kind: Literal["cpt"] = "cpt"
+
+
 class Dpo(Section):
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0)  # how dear it is to leave the reference
@@ -83,7 +87,7 @@ class Orpo(Section):
     beta: float = Field(default=0.1, gt=0)  # the odds ratio's weight beside the chosen answer's loss
 
 
-Objective = Annotated[Sft | Dpo | Orpo, Field(discriminator="kind")]
+Objective = Annotated[Sft | Cpt | Dpo | Orpo, Field(discriminator="kind")]
 
 
 class Train(Section):

@@ -142,3 +142,24 @@ def test_both_answers_of_a_long_preference_lose_the_same_of_their_prompt(tmp_pat
     assert run(tmp_path, renderer, [pair(LONG, "a", "b"), pair("c", "a", "b")], on_long="drop").dropped[0].line == 1
     with pytest.raises(InputError, match="line 1: the row has"):
         run(tmp_path, renderer, [pair("short", LONG, "b")])
+
+
+def test_every_token_of_a_long_text_is_learned_once_in_pieces_under_the_limit(tmp_path, renderer):
+    long = "".join(f"{i} " for i in range(150))
+    examples = examples_of(tmp_path, [{"text": long}, {"text": "short"}])
+    tokenized = tokenize(examples, renderer, recipe_data("rows.jsonl"), 100, pieces=True)
+    *pieces, short = texts(renderer, tokenized)
+    assert all(len(each.input_ids) <= 100 for each in tokenized.examples)
+    assert pieces[0] + "".join(piece[1:] for piece in pieces[1:]) == long + "<|endoftext|>"
+    assert short == "short<|endoftext|>"
+    whole = tokenize(examples, renderer, recipe_data("rows.jsonl"), 10_000)
+    assert tokenized.supervised_tokens == whole.supervised_tokens
+    assert all(each.weights[0] == 0 for each in tokenized.examples)
+
+
+@pytest.mark.parametrize("length", [98, 99, 100, 101, 198, 199, 200])
+def test_no_piece_is_left_with_nothing_to_learn(tmp_path, renderer, length):
+    examples = examples_of(tmp_path, [{"text": "x" * length}])
+    tokenized = tokenize(examples, renderer, recipe_data("rows.jsonl"), 100, pieces=True)
+    assert all(each.weights.any() for each in tokenized.examples)
+    assert tokenized.supervised_tokens == length  # and the end of text, less the first token

@@ -57,14 +57,16 @@ class Tokenized:
         return said
 
 
-def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit: int) -> Tokenized:
+def tokenize(
+    examples: Sequence[Example], renderer: Renderer, data: Data, limit: int, *, pieces: bool = False
+) -> Tokenized:
     """Render every example; none of the results is longer than `limit` tokens. Raises InputError.
 
     Over the limit, `data.on_long` decides. "error" refuses. "drop" leaves the row out. "truncate" takes away the
     oldest exchanges of a conversation, then the start of the longest question (or plain prompt), as little as is
     needed; the last answer is never cut, and a row whose answer alone is too long is refused. A text row keeps its
     first `limit` tokens. A row without any supervised token is an error. A preference row gives two sequences, its
-    prompt and each of the answers.
+    prompt and each of the answers. With `pieces` a text over the limit is as many sequences as it takes instead.
     """
     found: list[TokenizedExample] = []
     dropped: list[Source] = []
@@ -73,6 +75,8 @@ def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit:
     lost_answers = 0
     for example in examples:
         rendered = render(example, renderer, data.train_on)
+        if pieces:
+            rendered = [piece for ids, weights in rendered for piece in _pieces(ids, weights, limit)]
         length = longest(rendered)
         if length > limit and data.on_long == "error":
             too_long.append((example.source, length))
@@ -127,6 +131,12 @@ def _continued(example: Example, answer: tuple[Message, ...], renderer: Renderer
             "sequence; end chosen and rejected after their first turn"
         )
     return found[0]
+
+
+def _pieces(ids: Sequence[int], weights: Sequence[float], limit: int) -> list[Rendered]:
+    """Pieces of at most `limit` tokens; each begins with the last token of the one before: every token is learned."""
+    starts = range(0, max(1, len(ids) - 1), limit - 1)
+    return [(ids[i : i + limit], [0.0, *weights[i + 1 : i + limit]]) for i in starts]
 
 
 def longest(rendered: Iterable[Rendered]) -> int:

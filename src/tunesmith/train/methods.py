@@ -21,19 +21,27 @@ class Method:
     """One objective.
 
     rows      the kinds of Example it learns from
+    pieces    texts longer than the limit are cut into several examples
     annotate  computes the columns that the loss reads, before the first step
     lr_times  what `train.lr: auto` is multiplied by
     """
 
     loss: Loss
     rows: tuple[str, ...]
+    pieces: bool = False
     annotate: Annotate | None = None
     lr_times: float = 1.0
+
+    @property
+    def has_answers(self) -> bool:
+        """Texts ask nothing: their measure is the held-out loss, before and after."""
+        return self.rows != ("text",)
 
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "sft": lambda _: Method(sft, ("chat", "completion", "text")),
-    "dpo": lambda keys: Method(dpo(keys.beta), ("preference",), reference, PREFERENCE_LR),
+    "cpt": lambda _: Method(sft, ("text",), pieces=True),
+    "dpo": lambda keys: Method(dpo(keys.beta), ("preference",), annotate=reference, lr_times=PREFERENCE_LR),
     "orpo": lambda keys: Method(orpo(keys.beta), ("preference",)),
 }
 
