@@ -50,6 +50,16 @@ def test_base_as_one_word_and_full_fine_tuning(tmp_path: Path) -> None:
         ("data: {train: []}", "name at least one training file"),
         ("data: {train: a}\nname: ../up", "a name is a plain word"),
         ("data: {train: a, held_out: 1.5}", '"data.held_out'),
+        (
+            "data: {train: a}\nobjective:\n  kind: dpo\n  betta: 1",
+            'job.yaml line 4: unknown key "objective.betta"; did you mean "beta"?',
+        ),
+        ("data: {train: a}\nobjective: {beta: 1}", 'line 2: unknown key "objective.beta"; known here: kind'),
+        (
+            "data: {train: a}\nobjective: {kind: dpo, beta: 0}",
+            'line 2: "objective.beta": input should be greater than 0',
+        ),
+        ("data: {train: a}\nobjective: {kind: dppo}", "'sft', 'cpt', 'dpo', 'orpo'"),
     ],
 )
 def test_a_fault_is_one_sentence_with_its_line(tmp_path: Path, text: str, message: str) -> None:

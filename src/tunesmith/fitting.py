@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from tunesmith.chat.display import coloured
-from tunesmith.data.batches import Layout, Step, StepPlan, count_steps, make_step
-from tunesmith.errors import InterruptedRun, RefusedError
+from tunesmith.data.batches import Layout, StepPlan, count_steps, make_step
+from tunesmith.errors import InputError, InterruptedRun, RefusedError
 from tunesmith.lineage import lineage_of, refuse_changed
 from tunesmith.models.lora import LoraModel, Routing, add_new_adapter, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
@@ -26,12 +26,13 @@ from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
+from tunesmith.train.annotate import load_columns, save_columns, with_columns
 from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from tunesmith.train.estimate import choose_layout, estimate, memory_limit
 from tunesmith.train.forward import Body
-from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, train
-from tunesmith.train.losses import sft
+from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, evaluate, train
+from tunesmith.train.methods import Method, method_of
 from tunesmith.train.rate import choose_lr
 from tunesmith.tree.body import prepare as prepare_attention
 from tunesmith.types import TokenizedExample
@@ -78,22 +79,26 @@ def fit(
     write_json(run.lineage, lineage)
     write_json(run.plan, plan.to_json())
     show_first(ready, reporter)
-    settings, steps = ready.recipe.train, step_plan(ready, trainable.layout)
+    method, steps, sample = _annotated(ready, trainable, run, reporter)
+    settings = ready.recipe.train
     state = load_newest(run.checkpoints) if resume else None
     _keep_metrics(run, state.progress.step if state else 0)
     lr = _learning_rate(ready, reporter)
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
+    held_out = make_step(0, 0.0, sample, trainable.layout) if sample else None
     with _Watch(run, len(steps), reporter) as watch:
+        if held_out is not None and not method.has_answers and not read_metrics(run):
+            watch.hooks().on_eval(evaluate(trainable.body, held_out, method.loss, 0))  # where training starts from
         result = train(
             trainable.body,
             trainable.parameters,
             steps,
-            sft,
+            method.loss,
             settings,
             lr=lr,
-            held_out=_eval_step(ready, trainable.layout),
+            held_out=held_out,
             eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
             save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
             hooks=replace(watch.hooks(), score=score),
@@ -113,22 +118,25 @@ def fit(
 
 def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
     """What training will take, measured on this machine for a few seconds."""
-    steps = step_plan(ready, trainable.layout)
-    return Plan(estimate(trainable.body, trainable.parameters, steps, sft, limit=trainable.memory_limit))
+    method = method_of(ready.recipe.objective)
+    steps = step_plan(ready, trainable.layout, ready.train.examples)
+    limit = trainable.memory_limit
+    return Plan(estimate(trainable.body, trainable.parameters, steps, method.loss, method.annotate, limit=limit))
 
 
-def step_plan(ready: Prepared, layout: Layout) -> StepPlan:
+def step_plan(ready: Prepared, layout: Layout, examples: Sequence[TokenizedExample]) -> StepPlan:
     """Every step of the run, by the recipe."""
-    settings, examples = ready.recipe.train, ready.train.examples
-    count = count_steps(len(examples), settings.batch_examples, settings.epochs, settings.max_steps)
+    settings, rows = ready.recipe.train, len(examples) // layout.together
+    count = count_steps(rows, settings.batch_examples, settings.epochs, settings.max_steps)
     return StepPlan(examples, settings.batch_examples, count, settings.seed, settings.shuffle, layout)
 
 
 def show_first(ready: Prepared, reporter: Reporter) -> None:
     """The first example coloured by what is trained: the quickest check that the right tokens are."""
-    first: TokenizedExample = ready.train.examples[0]
-    reporter.say(f"the first example as the model sees it ({ready.name_row(first.example_id)}); trained in green:")
-    reporter.show(coloured(ready.renderer.pieces(first.input_ids.tolist()), first.weights.tolist()))
+    first = ready.train.examples[: ready.train.together]
+    reporter.say(f"the first example as the model sees it ({ready.name_row(first[0].example_id)}); trained in green:")
+    for sequence in first:
+        reporter.show(coloured(ready.renderer.pieces(sequence.input_ids.tolist()), sequence.weights.tolist()))
 
 
 def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
@@ -161,8 +169,12 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
     limit = memory_limit(ready.recipe.runtime.memory_limit)
-    share = abilities.share and not dropout
-    layout = choose_layout(body, parameters, ready.train.examples, limit, share=share, pack=abilities.share)
+    share, together = abilities.share and not dropout, ready.train.together
+    if together > 1 and not abilities.share:
+        raise InputError(f"{abilities.reason}, and objective {ready.recipe.objective.kind} needs two at a time")
+    layout = choose_layout(
+        body, parameters, ready.train.examples, limit, share=share, pack=abilities.share, together=together
+    )
     if layout is None:
         raise RefusedError(
             f"training does not fit in {limit / 1e9:.1f} GB: one row of the data alone takes more; "
@@ -193,7 +205,9 @@ def _learning_rate(ready: Prepared, reporter: Reporter) -> float:
     if asked != "auto":
         return asked
     hidden = ready.base.model.config.get_text_config().hidden_size
-    lr, why = choose_lr(hidden, lora=ready.recipe.adapter is not None)
+    objective = ready.recipe.objective
+    times = method_of(objective).lr_times
+    lr, why = choose_lr(hidden, lora=ready.recipe.adapter is not None, objective=objective.kind, times=times)
     reporter.say(why)
     return lr
 
@@ -202,13 +216,38 @@ def _every(setting: int | Literal["auto"], steps: int, times: int) -> int:
     return max(1, steps // times) if setting == "auto" else setting
 
 
-def _eval_step(ready: Prepared, layout: Layout) -> Step | None:
-    """A sample of the held-out rows, spread evenly over them, laid out like a training step."""
-    if ready.held_out is None or not ready.held_out.examples:
-        return None
-    rows = ready.held_out.examples
-    count = min(EVAL_ROWS, len(rows))
-    return make_step(0, 0.0, [rows[i * len(rows) // count] for i in range(count)], layout)
+def _eval_sample(ready: Prepared) -> list[TokenizedExample]:
+    """A sample of the held-out rows, spread evenly over them; empty where nothing is held out."""
+    if ready.held_out is None:
+        return []
+    sequences, together = ready.held_out.examples, ready.held_out.together
+    rows = len(sequences) // together
+    count = min(EVAL_ROWS, rows)
+    return [sequences[(i * rows // count) * together + k] for i in range(count) for k in range(together)]
+
+
+def _annotated(
+    ready: Prepared, trainable: Trainable, run: Run, reporter: Reporter
+) -> tuple[Method, StepPlan, list[TokenizedExample]]:
+    """The method, and the steps and the held-out sample with the columns its loss needs.
+
+    They are computed by the weights training starts from, once: a resumed run finds them in its folder.
+    """
+    method, sample = method_of(ready.recipe.objective), _eval_sample(ready)
+    steps = step_plan(ready, trainable.layout, ready.train.examples)
+    if method.annotate is None:
+        return method, steps, sample
+    used = steps.used()
+    every = [*(steps.examples[i] for i in used), *sample]
+    columns = load_columns(run.columns, len(every))
+    if columns is None:
+        reporter.stage("what the loss compares with, by the weights as they are before training")
+        columns = method.annotate(trainable.body, every, trainable.layout, reporter.advance)
+        save_columns(run.columns, columns)
+    done, rows = with_columns(every, columns), list(steps.examples)
+    for i, row in zip(used, done, strict=False):
+        rows[i] = row
+    return method, replace(steps, examples=rows), done[len(used) :]
 
 
 def _keep_metrics(run: Run, step: int) -> None:
@@ -262,7 +301,9 @@ class _Watch:
         self._reporter.say("finishing this step, then saving; a second signal stops at once")
 
     def _step(self, metrics: StepMetrics) -> None:
-        self._write(dataclasses.asdict(metrics))
+        row = dataclasses.asdict(metrics)
+        measures = row.pop("measures")
+        self._write({**row, **measures})
         rate = metrics.tokens / metrics.seconds
         text = f"loss {metrics.loss:.3f}  {rate:.0f} tokens/s{self._held_out}"
         if metrics.skipped:
@@ -270,7 +311,9 @@ class _Watch:
         self._reporter.advance(metrics.step, self._steps, text)
 
     def _eval(self, metrics: EvalMetrics) -> None:
-        self._write(dataclasses.asdict(metrics))
+        row = dataclasses.asdict(metrics)
+        measures = {f"held_out_{name}": value for name, value in row.pop("measures").items()}
+        self._write({**row, **measures})
         self._held_out = f"  held-out loss {metrics.held_out_loss:.3f}"
         if metrics.score is not None:
             self._held_out += f", score {metrics.score:.2f}"

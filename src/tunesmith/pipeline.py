@@ -6,6 +6,7 @@ nothing of the engine and `proof` nothing of the loop: they meet here.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,17 @@ from tunesmith.prove.compare_page import render_comparison
 from tunesmith.prove.page import write_page
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
-from tunesmith.store.runs import Run, create_run, find_run, read_json, refuse_taken, write_json, write_text
+from tunesmith.store.runs import (
+    Run,
+    create_run,
+    find_run,
+    read_json,
+    read_metrics,
+    refuse_taken,
+    write_json,
+    write_text,
+)
+from tunesmith.train.methods import method_of
 
 
 def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: Reporter | None = None) -> DataReport:
@@ -47,7 +58,7 @@ def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: R
     if renderer is None:
         pull = f"tunesmith models pull {recipe.base.model}"
         reporter.say(f"rules about tokens are left out: the base is not on this machine (`{pull}` fetches it)")
-    report = gate(recipe.data, renderer, limit=recipe.data.max_seq_len, say=reporter.say)
+    report = gate(recipe.data, renderer, limit=_row_limit(recipe), say=reporter.say)
     if fix is not None:
         reporter.say(write_fixed(report, fix))
     if show:
@@ -95,8 +106,10 @@ def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | No
     if from_items:
         report = report_from_items(run.items)
         write_report(report, run.report)
-    else:
+    elif method_of(Recipe.load(run.recipe).objective).has_answers:
         report = prove_run(run, reporter)
+    else:
+        raise InputError(_loss_sentence(run), file=run.folder)
     write_page(run, report)
     write_card(run, report)
     reporter.say(f"report:  {run.page}\nadapter: {run.tuned()}")
@@ -106,14 +119,31 @@ def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | No
 def run(
     recipe: Recipe, folder: Path | None = None, *, resume: bool = False, reporter: Reporter | None = None
 ) -> Report | Run:
-    """The main job: check, plan, train, prove, card. Where nothing is held out there is nothing to prove: the run."""
+    """The main job: check, plan, train, prove, card. The run alone where there is nothing to prove.
+
+    That is where nothing is held out, or the rows are texts: their measure is the held-out loss, before and after.
+    """
     reporter = reporter or Reporter()
     earlier(recipe)  # a contender that there isn't is said before the training, not after
     done = train(recipe, folder, resume=resume, reporter=reporter)
     if recipe.data.held_out == 0:
         reporter.say("data.held_out is 0: everything was trained on, so there is nothing to prove")
         return done
+    if not method_of(recipe.objective).has_answers:
+        reporter.say(_loss_sentence(done))
+        return done
     return prove(done.folder, reporter=reporter)
+
+
+def _loss_sentence(run: Run) -> str:
+    """What there is to say of texts, which ask nothing: `held-out loss 3.21 before training, 2.80 after ...`."""
+    losses = [row["held_out_loss"] for row in read_metrics(run) if "held_out_loss" in row]
+    why = "texts ask nothing, so there are no answers to prove"
+    if not losses:
+        return why
+    before, after = losses[0], losses[-1]
+    perplexity = f"perplexity {math.exp(before):.1f}, {math.exp(after):.1f}"
+    return f"held-out loss {before:.3f} before training, {after:.3f} after ({perplexity}); {why}"
 
 
 def compare(a: str, b: str, *, page: Path | None = None) -> Comparison:
@@ -160,10 +190,15 @@ def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
     rows = read_and_split(recipe, reporter.say)
     if on_disk(recipe.base.model, recipe.base.revision) is None:
         load_base(recipe.base.model, revision=recipe.base.revision)  # fetches it, and says so
-    report = check_rows(rows, recipe.data, renderer_on_disk(recipe), limit=recipe.data.max_seq_len)
+    report = check_rows(rows, recipe.data, renderer_on_disk(recipe), limit=_row_limit(recipe))
     reporter.show(report.render())
     if report.blocked:
         raise RefusedError(
             f"{report.summary()}; `tunesmith check` shows the rows, and `--fix OUT` writes a cleaned copy", gate="data"
         )
     return prepare(recipe, rows, reporter), report
+
+
+def _row_limit(recipe: Recipe) -> int | None:
+    """The longest row the gate lets pass, in tokens, where the recipe says one and longer ones are not cut up."""
+    return None if method_of(recipe.objective).pieces else recipe.data.max_seq_len

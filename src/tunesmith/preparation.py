@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tunesmith.chat.renderer import Renderer
@@ -14,6 +14,15 @@ from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
+from tunesmith.train.methods import method_of
+from tunesmith.types import Example
+
+KINDS = {
+    "chat": "a chat row",
+    "completion": "a prompt with its completion",
+    "text": "a text",
+    "preference": "a preference pair",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +48,25 @@ class Prepared:
 def read_and_split(recipe: Recipe, say: Callable[[str], None]) -> Split:
     """The training and the held-out rows. Raises InputError."""
     examples = read_examples(recipe.data, say=say)
-    pair = next((example for example in examples if example.kind == "preference"), None)
-    if pair is not None:
-        raise InputError(
-            "the row is a preference pair, but objective sft learns from single answers; give chat rows",
-            file=pair.source.file,
-            line=pair.source.line,
-        )
     held_out = read_held_out(recipe.data, say=say)
+    _refuse_strange((*examples, *(held_out or ())), recipe)
     given = recipe.data.held_out
     assert held_out is not None or not isinstance(given, str)
     return split(examples, given if held_out is None else held_out, recipe.data.group_by)  # type: ignore[arg-type]
+
+
+def _refuse_strange(examples: Iterable[Example], recipe: Recipe) -> None:
+    """Raises InputError for a row of a kind that the objective can't learn from."""
+    taken, objective = method_of(recipe.objective).rows, recipe.objective.kind
+    row = next((example for example in examples if example.kind not in taken), None)
+    if row is not None:
+        wanted = " or ".join(KINDS[kind] for kind in taken)
+        raise InputError(
+            f"the row is {KINDS[row.kind]}, but objective {objective} learns from {wanted}; give such rows, or set "
+            "objective.kind to what these rows are for",
+            file=row.source.file,
+            line=row.source.line,
+        )
 
 
 def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
@@ -66,8 +83,9 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
         for note in renderer.notes:
             reporter.say(note)
     limit = length_limit(recipe, base)
-    train = tokenize(rows.train, renderer, recipe.data, limit)
-    held_out = tokenize(rows.held_out, renderer, recipe.data, limit) if rows.held_out else None
+    pieces = method_of(recipe.objective).pieces
+    train = tokenize(rows.train, renderer, recipe.data, limit, pieces=pieces)
+    held_out = tokenize(rows.held_out, renderer, recipe.data, limit, pieces=pieces) if rows.held_out else None
     for side in (train, held_out):
         for sentence in side.sentences(limit) if side is not None else ():
             reporter.say(sentence)

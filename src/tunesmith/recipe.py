@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -69,8 +69,25 @@ class Adapter(Section):
     init_from: str | None = None
 
 
-class Objective(Section):
+class Sft(Section):
     kind: Literal["sft"] = "sft"
+
+
+class Cpt(Section):
+    kind: Literal["cpt"] = "cpt"
+
+
+class Dpo(Section):
+    kind: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)  # how dear it is to leave the reference
+
+
+class Orpo(Section):
+    kind: Literal["orpo"] = "orpo"
+    beta: float = Field(default=0.1, gt=0)  # the odds ratio's weight beside the chosen answer's loss
+
+
+Objective = Annotated[Sft | Cpt | Dpo | Orpo, Field(discriminator="kind")]
 
 
 class Train(Section):
@@ -111,16 +128,22 @@ class Recipe(Section):
     base: Base = Field(default_factory=lambda: Base())
     data: Data
     adapter: Adapter | None = Field(default_factory=lambda: Adapter())
-    objective: Objective = Field(default_factory=lambda: Objective())
+    objective: Objective = Field(default_factory=lambda: Sft())
     train: Train = Field(default_factory=lambda: Train())
     prove: Prove = Field(default_factory=lambda: Prove())
     runtime: Runtime = Field(default_factory=lambda: Runtime())
 
     @model_validator(mode="before")
     @classmethod
-    def _short_base(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("base"), str):
-            return {**raw, "base": {"model": raw["base"]}}
+    def _short_forms(cls, raw: Any) -> Any:
+        """`base: NAME`, and an objective that names no kind."""
+        if not isinstance(raw, dict):
+            return raw
+        base, objective = raw.get("base"), raw.get("objective")
+        if isinstance(base, str):
+            raw = {**raw, "base": {"model": base}}
+        if isinstance(objective, dict):
+            raw = {**raw, "objective": {"kind": "sft", **objective}}
         return raw
 
     @field_validator("name")
@@ -275,11 +298,14 @@ def _as_input_error(error: ValidationError, path: Path, lines: dict[tuple[str, .
     """The first fault as one sentence, an unknown key before any other."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    where = tuple(str(part) for part in fault["loc"])
+    parts, objective = [str(part) for part in fault["loc"]], "sft"
+    if parts[:1] == ["objective"] and len(parts) > 1:
+        objective = parts.pop(1)  # pydantic puts the kind there
+    where = tuple(parts)
     line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
     dotted = ".".join(where)
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1])
+        known = _known_keys(where[:-1], objective)
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(known)}"
         return InputError(f'unknown key "{dotted}"; {hint}', file=path, line=line)
@@ -289,13 +315,14 @@ def _as_input_error(error: ValidationError, path: Path, lines: dict[tuple[str, .
     return InputError(f'"{dotted}": {message[:1].lower()}{message[1:]}', file=path, line=line)
 
 
-def _known_keys(where: tuple[str, ...]) -> list[str]:
-    """The keys allowed under a dotted place of the recipe."""
+def _known_keys(where: tuple[str, ...], objective: str) -> list[str]:
+    """The keys allowed under a dotted place of a recipe with this objective."""
+    kinds = {section.model_fields["kind"].default: section for section in get_args(get_args(Objective)[0])}
     sections: dict[str, type[Section]] = {
         "base": Base,
         "data": Data,
         "adapter": Adapter,
-        "objective": Objective,
+        "objective": kinds[objective],
         "train": Train,
         "prove": Prove,
         "runtime": Runtime,

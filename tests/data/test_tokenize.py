@@ -116,6 +116,50 @@ def test_a_template_that_refuses_a_row_is_named_with_its_line(tmp_path):
         run(tmp_path, strict, [chat("a", "b"), chat("a", "b", "c", "d")])
 
 
-def test_preferences_are_not_for_this_objective(tmp_path, renderer):
-    with pytest.raises(InputError, match="line 1: a preference row"):
-        run(tmp_path, renderer, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_a_preference_is_its_prompt_with_each_answer(tmp_path, renderer):
+    rows = [pair("ask", "good", "bad"), pair([*chat("a", "b")["messages"], {"role": "user", "content": "c"}], "x", "y")]
+    tokenized = run(tmp_path, renderer, rows)
+    assert tokenized.together == 2
+    assert [trained(renderer, each) for each in tokenized.examples] == [
+        f"{a}<|im_end|>" for a in ("good", "bad", "x", "y")
+    ]
+    for chosen, rejected in zip(tokenized.examples[0::2], tokenized.examples[1::2], strict=True):
+        start = int(np.flatnonzero(chosen.weights)[0])
+        assert start == int(np.flatnonzero(rejected.weights)[0])
+        assert (chosen.input_ids[:start] == rejected.input_ids[:start]).all()
+
+
+def test_both_answers_of_a_long_preference_lose_the_same_of_their_prompt(tmp_path, renderer):
+    tokenized = run(tmp_path, renderer, [pair(LONG + "end", "good", "worse")], limit=120, on_long="truncate")
+    chosen, rejected = texts(renderer, tokenized)
+    assert chosen.partition("good")[0] == rejected.partition("worse")[0]
+    assert "xend<|im_end|>" in chosen
+    assert len(tokenized.examples[1].input_ids) <= 120
+    assert run(tmp_path, renderer, [pair(LONG, "a", "b"), pair("c", "a", "b")], on_long="drop").dropped[0].line == 1
+    with pytest.raises(InputError, match="line 1: the row has"):
+        run(tmp_path, renderer, [pair("short", LONG, "b")])
+
+
+def test_every_token_of_a_long_text_is_learned_once_in_pieces_under_the_limit(tmp_path, renderer):
+    long = "".join(f"{i} " for i in range(150))
+    examples = examples_of(tmp_path, [{"text": long}, {"text": "short"}])
+    tokenized = tokenize(examples, renderer, recipe_data("rows.jsonl"), 100, pieces=True)
+    *pieces, short = texts(renderer, tokenized)
+    assert all(len(each.input_ids) <= 100 for each in tokenized.examples)
+    assert pieces[0] + "".join(piece[1:] for piece in pieces[1:]) == long + "<|endoftext|>"
+    assert short == "short<|endoftext|>"
+    whole = tokenize(examples, renderer, recipe_data("rows.jsonl"), 10_000)
+    assert tokenized.supervised_tokens == whole.supervised_tokens
+    assert all(each.weights[0] == 0 for each in tokenized.examples)
+
+
+@pytest.mark.parametrize("length", [98, 99, 100, 101, 198, 199, 200])
+def test_no_piece_is_left_with_nothing_to_learn(tmp_path, renderer, length):
+    examples = examples_of(tmp_path, [{"text": "x" * length}])
+    tokenized = tokenize(examples, renderer, recipe_data("rows.jsonl"), 100, pieces=True)
+    assert all(each.weights.any() for each in tokenized.examples)
+    assert tokenized.supervised_tokens == length  # and the end of text, less the first token

@@ -62,7 +62,7 @@ def test_metrics_of_a_step():
             step.computed_tokens,
         )
         assert row.supervised_tokens == sum(int((e.weights > 0).sum()) for e in step.examples)
-        assert 0 <= row.token_accuracy <= 1
+        assert 0 <= row.measures["token_accuracy"] <= 1
         assert row.peak_memory_bytes > 10**7
         assert row.seconds > 0
         assert row.grad_norm > 0
@@ -174,7 +174,7 @@ def test_evaluation_is_the_loss_on_the_held_out_rows():
             correct += float(((logits.argmax(-1) == target) * weight).sum())
             total += float(weight.sum())
     assert evals[-1].held_out_loss == pytest.approx(nll / total, rel=1e-4)
-    assert evals[-1].held_out_token_accuracy == pytest.approx(correct / total)
+    assert evals[-1].measures["token_accuracy"] == pytest.approx(correct / total)
     assert result.progress.best_step == 2
 
 

@@ -49,10 +49,11 @@ class Step:
     examples: tuple[TokenizedExample, ...]
     weight: float  # what the loss is divided by
     lanes: int = 1  # micro-batches of a group that may run at a time
+    together: int = 1  # consecutive sequences that are one example
 
     @property
     def example_ids(self) -> tuple[str, ...]:
-        return tuple(example.example_id for example in self.examples)
+        return tuple(example.example_id for example in self.examples[:: self.together])
 
     @property
     def trees(self) -> tuple[TokenTree, ...]:
@@ -78,13 +79,15 @@ class Step:
 class Layout:
     """How examples may be laid out. `share` False where branching is not exact; `pack` False where neighbours leak.
 
-    `lanes` micro-batches may run at a time, and `token_budget` is for all of them together.
+    `lanes` micro-batches may run at a time, and `token_budget` is for all of them together. So many consecutive
+    sequences as `together` says are one example (a chosen and a rejected answer) and stay in one micro-batch.
     """
 
     token_budget: int
     share: bool = True
     pack: bool = True
     lanes: int = 1
+    together: int = 1
 
 
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
@@ -120,6 +123,7 @@ class StepPlan:
     def __post_init__(self) -> None:
         if not self.examples:
             raise InputError("there are no rows to train on; name a file that has some")
+        assert len(self.examples) % self.layout.together == 0, "an example lacks one of its sequences"
 
     def __len__(self) -> int:
         return self.steps
@@ -127,12 +131,21 @@ class StepPlan:
     def __getitem__(self, index: int) -> Step:
         if not 0 <= index < self.steps:
             raise IndexError(index)
-        n = len(self.examples)
+        together = self.layout.together
+        n = len(self.examples) // together
         epoch, within = divmod(index, steps_per_epoch(n, self.batch_examples))
         order = epoch_order(n, epoch, self.seed, self.shuffle)
         chosen = order[within * self.batch_examples : (within + 1) * self.batch_examples]
         done = min((within + 1) * self.batch_examples, n)
-        return make_step(index, epoch + done / n, [self.examples[i] for i in chosen], self.layout)
+        sequences = [self.examples[together * i + k] for i in chosen for k in range(together)]
+        return make_step(index, epoch + done / n, sequences, self.layout)
+
+    def used(self) -> list[int]:
+        """Which sequences the run ever sees, by index: all of them, once an epoch is through."""
+        together = self.layout.together
+        order = epoch_order(len(self.examples) // together, 0, self.seed, self.shuffle)
+        seen = np.sort(order[: self.steps * self.batch_examples]).tolist()
+        return [together * i + k for i in seen for k in range(together)]
 
     def too_long(self) -> list[TokenizedExample]:
         """Examples longer than the budget: each is computed by itself, over the budget."""
@@ -140,26 +153,33 @@ class StepPlan:
 
 
 def make_step(index: int, epoch: float, examples: Sequence[TokenizedExample], layout: Layout) -> Step:
-    """Lay the examples of one step out. Raises InputError, naming the rows, where there is nothing to learn from."""
+    """Lay the examples of one step out. Raises InputError, naming the rows, where there is nothing to learn from.
+
+    A step weighs as much as its supervised tokens; where an example is several sequences, compared whole, it counts 1.
+    """
     weight = float(sum(example.weights.sum(dtype=np.float64) for example in examples))
+    if layout.together > 1:
+        weight = len(examples) / layout.together
     if not weight > 0:
         names = ", ".join(example.example_id for example in examples[:3])
         raise InputError(f"a step holds no supervised token (rows {names}); leave such rows out")
-    return Step(index, epoch, tuple(plan_groups(examples, layout)), tuple(examples), weight, layout.lanes)
+    groups = tuple(plan_groups(examples, layout))
+    return Step(index, epoch, groups, tuple(examples), weight, layout.lanes, layout.together)
 
 
 def plan_groups(examples: Sequence[TokenizedExample], layout: Layout) -> Iterator[Group]:
     """Micro-batches under the budget, in an order of their own, that together hold every example once."""
     if layout.share and layout.pack:
-        yield from _Planner(examples, layout.token_budget // layout.lanes, layout.lanes).groups()
+        yield from _Planner(examples, layout).groups()
         return
     batch: list[int] = []
-    for i, example in enumerate(examples):
-        size = sum(len(examples[j].input_ids) for j in batch) + len(example.input_ids)
+    for start in range(0, len(examples), layout.together):
+        example = range(start, start + layout.together)
+        size = sum(len(examples[j].input_ids) for j in (*batch, *example))
         if batch and (size > layout.token_budget or not layout.pack):
             yield _group(examples, batch, share=False)
             batch = []
-        batch.append(i)
+        batch.extend(example)
     if batch:
         yield _group(examples, batch, share=False)
 
@@ -170,11 +190,16 @@ def _group(examples: Sequence[TokenizedExample], chosen: Sequence[int], *, share
 
 
 class _Planner:
-    """Cuts the sorted sequences of a step where they differ most. [i, j) below are ranges of the sorted order."""
+    """Cuts the sorted sequences of a step where they differ most. [i, j) below are ranges of the sorted order.
 
-    def __init__(self, examples: Sequence[TokenizedExample], budget: int, lanes: int) -> None:
-        self.examples, self.budget, self.lanes = examples, budget, lanes
-        self.order = sort_order(examples)
+    Examples of several sequences are sorted by their first one and never cut.
+    """
+
+    def __init__(self, examples: Sequence[TokenizedExample], layout: Layout) -> None:
+        self.examples, self.budget, self.lanes = examples, layout.token_budget // layout.lanes, layout.lanes
+        self.together = layout.together
+        firsts = sort_order(examples[:: self.together])
+        self.order = [self.together * first + k for first in firsts for k in range(self.together)]
         self.shared = shared_lengths(examples, self.order)
         self.lengths = np.array([len(examples[i].input_ids) for i in self.order])
 
@@ -187,27 +212,31 @@ class _Planner:
 
     def _cut(self, i: int, j: int) -> Iterator[Group]:
         tokens = self._tokens(i, j)
-        if j - i == 1 or (tokens <= self.budget and self._parts(tokens) == 1):
+        if j - i == self.together or (tokens <= self.budget and self._parts(tokens) == 1):
             yield _group(self.examples, self.order[i:j], share=True)
             return
         # A sequence that the next one begins with adds no token: only the others are places to cut.
         cuts = i + 1 + np.flatnonzero(self.shared[i + 1 : j] < self.lengths[i : j - 1])
+        inside, cuts = cuts[cuts % self.together > 0], cuts[cuts % self.together == 0]
         if not len(cuts):
             yield _group(self.examples, self.order[i:j], share=True)
             return
-        common = int(self.shared[cuts].min())
+        lowest = int(self.shared[cuts].min())
+        common = min(lowest, int(self.shared[inside].min(initial=lowest)))
         slack = LANE_SLACK if self.lanes > 1 else 0
-        starts = [i, *cuts[self.shared[cuts] <= common + slack].tolist(), j]
+        starts = [i, *cuts[self.shared[cuts] <= lowest + slack].tolist(), j]
         sizes = [self._tokens(a, b) - common for a, b in itertools.pairwise(starts)]
         room = self.budget - common  # none where the prefix alone fills the budget: then one example at a time
         if (parts := self._parts(sum(sizes))) > 1:
-            fair = -(-sum(sizes) // parts)  # what is larger is cut again, unless it is one row
+            fair = -(-sum(sizes) // parts)  # what is larger is cut again, unless it is one example
             rows = np.diff(starts)
-            even = _even_room([s if n == 1 else min(s, fair) for s, n in zip(sizes, rows, strict=True)], parts, room)
+            even = _even_room(
+                [s if n == self.together else min(s, fair) for s, n in zip(sizes, rows, strict=True)], parts, room
+            )
             room = min(room, even)
         bins: list[tuple[int, int]] = []
         for (a, b), size in zip(itertools.pairwise(starts), sizes, strict=True):
-            if size > room and b - a > 1:
+            if size > room and b - a > self.together:
                 yield from self._close(bins, common)
                 bins = []
                 yield from self._cut(a, b)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, cast
 
+from tunesmith.data.parts import said
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.turns import from_json, has_answer, read_tools, read_turns, require_answer
 from tunesmith.types import Example, Message, Source
@@ -130,6 +131,12 @@ def _from_preference(row: Row, system: str | None) -> Example:
             )
     if not shared:
         raise RowError('there is no prompt; give the row a "prompt"', rule="no-answer", source=row.source)
+    if [said(turn).strip() for turn in answers[0]] == [said(turn).strip() for turn in answers[1]]:
+        raise RowError(
+            '"chosen" and "rejected" are the same answer, so there is nothing to prefer; mend one, or remove the row',
+            rule="equal-answers",
+            source=row.source,
+        )
     return _example(
         row,
         "preference",

@@ -22,12 +22,16 @@ Rendered = tuple[Sequence[int], Sequence[float]]  # ids and weights
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows as the model will see them, and what `data.on_long` did to the rows over the limit."""
+    """Rows as the model will see them, and what `data.on_long` did to the rows over the limit.
+
+    `together`: so many consecutive sequences are one example: a preference's chosen answer, then its rejected one.
+    """
 
     examples: list[TokenizedExample]
     dropped: tuple[Source, ...]
     truncated: tuple[Source, ...]
     lost_answers: int  # earlier assistant turns that truncation cut off together with their questions
+    together: int = 1
 
     @property
     def tokens(self) -> int:
@@ -53,13 +57,16 @@ class Tokenized:
         return said
 
 
-def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit: int) -> Tokenized:
+def tokenize(
+    examples: Sequence[Example], renderer: Renderer, data: Data, limit: int, *, pieces: bool = False
+) -> Tokenized:
     """Render every example; none of the results is longer than `limit` tokens. Raises InputError.
 
     Over the limit, `data.on_long` decides. "error" refuses. "drop" leaves the row out. "truncate" takes away the
     oldest exchanges of a conversation, then the start of the longest question (or plain prompt), as little as is
     needed; the last answer is never cut, and a row whose answer alone is too long is refused. A text row keeps its
-    first `limit` tokens. A row without any supervised token is an error.
+    first `limit` tokens. A row without any supervised token is an error. A preference row gives two sequences, its
+    prompt and each of the answers. With `pieces` a text over the limit is as many sequences as it takes instead.
     """
     found: list[TokenizedExample] = []
     dropped: list[Source] = []
@@ -68,6 +75,8 @@ def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit:
     lost_answers = 0
     for example in examples:
         rendered = render(example, renderer, data.train_on)
+        if pieces:
+            rendered = [piece for ids, weights in rendered for piece in _pieces(ids, weights, limit)]
         length = longest(rendered)
         if length > limit and data.on_long == "error":
             too_long.append((example.source, length))
@@ -80,10 +89,11 @@ def tokenize(examples: Sequence[Example], renderer: Renderer, data: Data, limit:
                 lost_answers += lost
             found.extend(_tokenized(example, ids, weights) for ids, weights in rendered)
     _refuse_too_long(too_long, limit)
-    _refuse_untaught(examples, found, set(dropped))
+    _refuse_untaught(examples, found)
     if not found:
         raise InputError(f"every row is longer than {limit} tokens, so none is left to train on; raise max_seq_len")
-    return Tokenized(found, tuple(dropped), tuple(truncated), lost_answers)
+    together = 2 if examples[0].kind == "preference" else 1
+    return Tokenized(found, tuple(dropped), tuple(truncated), lost_answers, together)
 
 
 def render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Rendered]:
@@ -107,9 +117,26 @@ def _render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Ren
     if example.kind == "text":
         assert example.text is not None
         return [renderer.text_example(example.text)]
-    raise InputError(
-        "a preference row cannot be trained on by objective sft; give rows with one answer each",
-    )
+    return [_continued(example, answer, renderer, train_on) for answer in (example.chosen, example.rejected)]
+
+
+def _continued(example: Example, answer: tuple[Message, ...], renderer: Renderer, train_on: TrainOn) -> Rendered:
+    """A preference's prompt and one of its two answers, of which the answer alone is trained."""
+    asked = [cast(Message, {**turn, "weight": 0}) if turn["role"] == "assistant" else turn for turn in example.messages]
+    wanted: TrainOn = "last" if train_on == "last" else "assistant"
+    found = renderer.chat_example((*asked, *answer), example.tools, train_on=wanted)
+    if len(found) > 1:
+        raise InputError(
+            "the base's chat template prints earlier turns differently, so an answer of several turns is not one "
+            "sequence; end chosen and rejected after their first turn"
+        )
+    return found[0]
+
+
+def _pieces(ids: Sequence[int], weights: Sequence[float], limit: int) -> list[Rendered]:
+    """Pieces of at most `limit` tokens; each begins with the last token of the one before: every token is learned."""
+    starts = range(0, max(1, len(ids) - 1), limit - 1)
+    return [(ids[i : i + limit], [0.0, *weights[i + 1 : i + limit]]) for i in starts]
 
 
 def longest(rendered: Iterable[Rendered]) -> int:
@@ -136,7 +163,7 @@ def _truncate(example: Example, renderer: Renderer, data: Data, limit: int) -> t
     while longest(rendered(messages)) > limit and (shorter := _without_oldest_exchange(messages)):
         messages = shorter
     lost = sum(m["role"] == "assistant" for m in example.messages) - sum(m["role"] == "assistant" for m in messages)
-    asked = [i for i, m in enumerate(messages[:-1]) if m["role"] in ("user", "tool")]
+    asked = [i for i, m in enumerate(messages) if m["role"] in ("user", "tool")]
     if not asked or longest(rendered(messages)) <= limit:
         return _or_refuse(rendered(messages), example, limit), lost
     at = max(asked, key=lambda i: len(messages[i].get("content") or ""))
@@ -192,10 +219,10 @@ def _refuse_too_long(rows: list[tuple[Source, int]], limit: int) -> None:
     )
 
 
-def _refuse_untaught(examples: Sequence[Example], found: list[TokenizedExample], dropped: set[Source]) -> None:
-    """A row that trains nothing is a mistake in its weights or its template, never a choice."""
-    taught = {each.example_id for each in found if each.weights.any()}
-    idle = [each.source for each in examples if each.id not in taught and each.source not in dropped]
+def _refuse_untaught(examples: Sequence[Example], found: list[TokenizedExample]) -> None:
+    """A sequence that trains nothing is a mistake in its row's weights or its template, never a choice."""
+    untaught = {each.example_id for each in found if not each.weights.any()}
+    idle = [each.source for each in examples if each.id in untaught]
     if idle:
         raise InputError(
             f"no token of the row would be trained on ({wording.rows(idle)} in all: {wording.places(idle)}); "

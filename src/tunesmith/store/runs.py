@@ -53,6 +53,11 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def columns(self) -> Path:
+        """What an objective had computed of every row before its first step."""
+        return self.folder / "columns.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

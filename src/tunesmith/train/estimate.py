@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
+from tunesmith.train.annotate import Annotate, with_columns
 from tunesmith.train.bodies import FusedBody
 from tunesmith.train.forward import Body, run_tree
 from tunesmith.train.loop import accumulate
@@ -67,32 +68,40 @@ def choose_layout(
     *,
     share: bool,
     pack: bool,
+    together: int = 1,
 ) -> Layout | None:
-    """How steps are laid out under `limit` bytes; None where not even the longest row fits.
+    """How steps are laid out under `limit` bytes; None where not even the longest example fits.
 
     On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
     gradient of its own. A fused body packs the frozen weights where that takes little of the memory.
     """
     if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
         body.pack()
+    longest = _longest(rows, together, share=share)
     budget = token_budget(body, parameters, rows, limit)
-    if not budget:
+    if budget < longest:
         return None
     trained, whole = (sum(p.numel() for p in each) for each in (parameters.values(), body.model.parameters()))
     lanes = 1
     if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
-        lanes = min(torch.get_num_threads(), budget // max(len(row.input_ids) for row in rows))
-    return Layout(budget, share, pack, lanes)
+        lanes = min(torch.get_num_threads(), budget // longest)
+    return Layout(budget, share, pack, lanes, together)
+
+
+def _longest(rows: Sequence[TokenizedExample], together: int, *, share: bool) -> int:
+    """The most tokens that the sequences of one example take."""
+    if together == 1:
+        return max(len(row.input_ids) for row in rows)
+    examples = (rows[i : i + together] for i in range(0, len(rows), together))
+    return max(build_tree(example, share=share).tokens for example in examples)
 
 
 def token_budget(
     body: Body, parameters: Mapping[str, nn.Parameter], rows: Sequence[TokenizedExample], limit: int
 ) -> int:
-    """The most tokens a micro-batch may hold under `limit` bytes; 0 where not even the longest row fits."""
+    """The most tokens a micro-batch may hold under `limit` bytes."""
     room = limit - _fixed_bytes(body, parameters)
-    fitting = min(LARGEST_BUDGET, room // bytes_per_token(body, rows))
-    longest = max(len(row.input_ids) for row in rows)
-    return fitting if fitting >= longest else 0
+    return min(LARGEST_BUDGET, room // bytes_per_token(body, rows))
 
 
 def bytes_per_token(body: Body, rows: Sequence[TokenizedExample]) -> int:
@@ -116,21 +125,32 @@ def bytes_per_token(body: Body, rows: Sequence[TokenizedExample]) -> int:
 
 
 def estimate(
-    body: Body, parameters: Mapping[str, nn.Parameter], steps: StepPlan, loss: Loss, *, limit: int
+    body: Body,
+    parameters: Mapping[str, nn.Parameter],
+    steps: StepPlan,
+    loss: Loss,
+    annotate: Annotate | None = None,
+    *,
+    limit: int,
 ) -> Estimate:
-    """Count the run's tokens and time a piece of its first step. `steps` is laid out under `limit` already."""
+    """Count the run's tokens and time a piece of its first step. `steps` is laid out under `limit` already.
+
+    `annotate`: what goes once over every row that will be seen, before training.
+    """
     sampled = [steps[i * len(steps) // count] for count in (min(SAMPLED_STEPS, len(steps)),) for i in range(count)]
     times = len(steps) / len(sampled)
     computed = sum(step.computed_tokens for step in sampled) * times
     largest = max(_held_tokens(group, step.lanes) for step in sampled for group in step.groups)
     per_token = bytes_per_token(body, steps.examples)
+    step_rate, once_rate = _seconds_per_token(body, parameters, sampled[0], steps.layout, loss, annotate)
+    epochs = len(steps) * steps.batch_examples * steps.layout.together / len(steps.examples)
     peak = _fixed_bytes(body, parameters) + largest * per_token
     return Estimate(
         steps=len(steps),
         tokens=round(sum(step.tokens for step in sampled) * times),
         computed_tokens=round(computed),
         supervised_tokens=round(sum(step.supervised_tokens for step in sampled) * times),
-        seconds=computed * _seconds_per_token(body, parameters, sampled[0], steps.layout, loss),
+        seconds=computed * (step_rate + once_rate / max(1.0, epochs)),
         peak_bytes=peak,
         bytes_per_token=per_token,
         token_budget=steps.layout.token_budget,
@@ -146,21 +166,32 @@ def _held_tokens(group: Group, lanes: int) -> int:
 
 
 def _seconds_per_token(
-    body: Body, parameters: Mapping[str, nn.Parameter], first: Step, layout: Layout, loss: Loss
-) -> float:
-    """Forward and backward of a few rows of the first step, the second time they are run."""
-    count, trial = 1, make_step(0, 0.0, first.examples[:1], layout)
+    body: Body,
+    parameters: Mapping[str, nn.Parameter],
+    first: Step,
+    layout: Layout,
+    loss: Loss,
+    annotate: Annotate | None,
+) -> tuple[float, float]:
+    """A few rows of the first step, the second time they are run: forward and backward; what goes before training."""
+    count = layout.together
+    trial = make_step(0, 0.0, first.examples[:count], layout)
     while trial.computed_tokens < TRIAL_TOKENS and count < len(first.examples):
-        count += 1
+        count += layout.together
         trial = make_step(0, 0.0, first.examples[:count], layout)
-    seconds = 0.0
+    seconds = before = 0.0
     for _ in range(2):
+        if annotate is not None:
+            began = time.perf_counter()
+            columns = annotate(body, trial.examples, layout, lambda done, total: None)
+            before = time.perf_counter() - began
+            trial = make_step(0, 0.0, with_columns(trial.examples, columns), layout)
         began = time.perf_counter()
         accumulate(body, trial, loss)
         seconds = time.perf_counter() - began
     for parameter in parameters.values():
         parameter.grad = None
-    return seconds / trial.computed_tokens
+    return seconds / trial.computed_tokens, before / trial.computed_tokens
 
 
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:

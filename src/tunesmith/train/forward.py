@@ -79,6 +79,15 @@ class Batch:
         out = by_entry.new_zeros(self.tree.sequences)
         return out.index_add(0, sequence, by_entry[entry] * weight.to(by_entry.dtype))
 
+    def mean_by_sequence(self, by_entry: Tensor) -> Tensor:
+        """[entries] -> [sequences]: the weighted mean over each sequence's own supervised tokens."""
+        return self.sum_by_sequence(by_entry) / self.sum_by_sequence(torch.ones_like(by_entry))
+
+    def column(self, name: str) -> Tensor:
+        """[sequences]: a number of each sequence that was computed before training."""
+        values = np.array([each.columns[name] for each in self.examples])
+        return torch.as_tensor(values, device=self.device)
+
 
 def run_prefix(body: Body, tree: TokenTree) -> PrefixCache:
     """The keys and values of a prefix, on the graph of what computed them."""

@@ -42,7 +42,10 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step, with metrics.jsonl's fields. `loss` is the mean over the step's supervised weight."""
+    """One optimiser step, with metrics.jsonl's fields.
+
+    `loss` is the mean over the step's weight: its supervised tokens, or its pairs. So is all that `measures` holds.
+    """
 
     step: int  # 1 for the first
     epoch: float
@@ -55,7 +58,7 @@ class StepMetrics:
     supervised_tokens: int
     seconds: float
     peak_memory_bytes: int
-    token_accuracy: float
+    measures: Mapping[str, float]  # what the loss says of itself, such as token_accuracy
     skipped: bool = False  # loss or gradient was not finite: nothing was updated
 
 
@@ -65,7 +68,7 @@ class EvalMetrics:
 
     step: int
     held_out_loss: float
-    held_out_token_accuracy: float
+    measures: Mapping[str, float]  # as in training, on the held-out rows
     score: float | None = None  # the main scorer's mean on a sample of answers, 0 to 1
 
 
@@ -147,10 +150,10 @@ def train(
 
 
 def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
-    """Mean loss and share of likeliest-token hits over the held-out rows' supervised weight."""
+    """The mean loss over the held-out rows' weight, and what it says of itself."""
     with torch.no_grad():
         total, metrics = accumulate(body, held_out, loss, backward=False)
-    return EvalMetrics(step, total / held_out.weight, metrics.get("token_accuracy", math.nan) / held_out.weight)
+    return EvalMetrics(step, total / held_out.weight, _means(metrics, held_out))
 
 
 def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
@@ -319,13 +322,13 @@ class _Run:
                 loss=total / step.weight,
                 lr=lr,
                 grad_norm=norm,
-                examples=len(step.examples),
+                examples=len(step.example_ids),
                 tokens=step.tokens,
                 computed_tokens=step.computed_tokens,
                 supervised_tokens=step.supervised_tokens,
                 seconds=time.perf_counter() - began,
                 peak_memory_bytes=peak_memory_bytes(self.body.device),
-                token_accuracy=metrics.get("token_accuracy", math.nan) / step.weight,
+                measures=_means(metrics, step),
                 skipped=not finite,
             )
         )
@@ -372,6 +375,10 @@ class _Run:
     def _patience_ran_out(self) -> bool:
         patience = self.settings.patience
         return patience is not None and self.progress.evals_without_improvement >= patience
+
+
+def _means(sums: Mapping[str, float], step: Step) -> dict[str, float]:
+    return {name: value / step.weight for name, value in sums.items()}
 
 
 def _rank(score: float | None, loss: float) -> tuple[float, float]:

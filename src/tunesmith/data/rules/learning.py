@@ -45,8 +45,6 @@ def rendering(material: Material) -> Iterator[Note]:
     refused: list[tuple[Source, str]] = []
     step = max(1, len(material.rows) // SAMPLED)
     for row in islice(material.rows, 0, None, step):
-        if row.kind == "preference":
-            continue
         try:
             rendered = render(row, material.renderer, material.data.train_on)
             for rule in _faults(row, rendered, material):
@@ -113,7 +111,7 @@ def over_limit(material: Material) -> Iterator[Note]:
     for _, number in suspects[:MOST_LONG]:
         row = material.rows[number]
         try:
-            length = 0 if row.kind == "preference" else longest(render(row, renderer, material.data.train_on))
+            length = longest(render(row, renderer, material.data.train_on))
         except InputError:
             continue
         if length > limit:
@@ -132,8 +130,9 @@ def over_limit(material: Material) -> Iterator[Note]:
 
 
 def _bytes(row: Example) -> int:
-    texts = [row.prompt, row.completion, row.text, *(message.get("content") for message in row.messages)]
-    calls = sum(len(str(message.get("tool_calls", ""))) for message in row.messages)
+    messages = row.messages + row.chosen + row.rejected
+    texts = [row.prompt, row.completion, row.text, *(message.get("content") for message in messages)]
+    calls = sum(len(str(message.get("tool_calls", ""))) for message in messages)
     size = sum(len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts if text)
     return size + calls + (2 * len(str(row.tools)) if row.tools else 0)
 
