@@ -147,6 +147,20 @@ def chat(
 
 
 @app.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN-or-ADAPTER", help="A run, or an adapter's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Is it served as it was trained? Exits 3 where it is not, with the reason."""
+    from tunesmith import pipeline
+
+    parity = pipeline.verify(run)
+    _print(parity.to_json(), as_json, parity.render)
+    if not parity.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
 def export(
     run: RunName,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
