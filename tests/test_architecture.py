@@ -19,7 +19,7 @@ FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"cli"},
     {"pipeline", "conversation"},
-    {"fitting", "proof"},
+    {"fitting", "proof", "parity"},
     {"planning", "lineage"},
     {"preparation"},
     {"train", "prove"},
@@ -139,7 +139,7 @@ def test_commands_are_a_reviewed_list() -> None:
         return [name for key in inner for name in names(inner[key], f"{prefix} {key}")]
 
     assert sorted(names(get_command(app))) == sorted(
-        ["check", "plan", "train", "prove", "run", "chat", "export"]
+        ["check", "plan", "train", "prove", "run", "chat", "export", "verify"]
         + [f"runs {verb}" for verb in ("list", "show", "compare", "rm")]
         + [f"models {verb}" for verb in ("list", "pull", "rm")]
     )
@@ -147,7 +147,7 @@ def test_commands_are_a_reviewed_list() -> None:
 
 def test_public_names_are_a_reviewed_list() -> None:
     assert sorted(tunesmith.__all__) == [
-        "Answer", "Engine", "Recipe", "Request", "__version__", "check", "plan", "prove", "run", "train",
+        "Answer", "Engine", "Recipe", "Request", "__version__", "check", "plan", "prove", "run", "train", "verify",
     ]  # fmt: skip
     for name in tunesmith.__all__:
         assert getattr(tunesmith, name) is not None

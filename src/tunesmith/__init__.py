@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tunesmith.engine.engine import Engine
     from tunesmith.engine.request import Answer, Request
-    from tunesmith.pipeline import check, plan, prove, run, train
+    from tunesmith.pipeline import check, plan, prove, run, train, verify
     from tunesmith.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Engine", "Recipe", "Request", "__version__", "check", "plan", "prove", "run", "train"]
+__all__ = ["Answer", "Engine", "Recipe", "Request", "__version__", "check", "plan", "prove", "run", "train", "verify"]
 
 _WHERE = {"Engine": "engine.engine", "Request": "engine.request", "Answer": "engine.request", "Recipe": "recipe"}
 

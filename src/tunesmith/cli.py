@@ -127,12 +127,15 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
+    beside: Annotated[bool, typer.Option("--beside-base", help="Show what the base alone says, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Talk to a base, a run or an adapter."""
     from tunesmith import conversation
 
-    talk = conversation.open_conversation(model, system=system, temperature=temperature, max_tokens=max_tokens)
+    talk = conversation.open_conversation(
+        model, system=system, temperature=temperature, max_tokens=max_tokens, beside=beside
+    )
     if prompt is None:
         if as_json:
             raise InputError("--json needs a PROMPT; an interactive chat has no one JSON document")
@@ -141,9 +144,21 @@ def chat(
     if as_json:
         _print(conversation.answer_facts(talk, prompt), True, None)
         return
-    for piece in talk.ask(prompt):
-        typer.echo(piece, nl=False)
-    typer.echo()
+    conversation.speak(talk, prompt)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN-or-ADAPTER", help="A run, or an adapter's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Is it served as it was trained? Exits 3 where it is not, with the reason."""
+    from tunesmith import pipeline
+
+    parity = pipeline.verify(run)
+    _print(parity.to_json(), as_json, parity.render)
+    if not parity.passed:
+        raise typer.Exit(3)
 
 
 @app.command()

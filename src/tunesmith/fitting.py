@@ -46,7 +46,8 @@ AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says au
 class Trainable:
     """What is trained, how it is computed, and how it is written to a run's folder.
 
-    `lora` is the model; `adapter` the one of its adapters that is trained, None where every weight is.
+    `lora` is the model; `adapter` the one of its adapters that is trained, None where every weight is. `save` writes
+    the result into a folder.
     """
 
     lora: LoraModel
@@ -55,7 +56,7 @@ class Trainable:
     parameters: Mapping[str, nn.Parameter]
     layout: Layout
     memory_limit: int  # bytes
-    save: Callable[[Run], None]
+    save: Callable[[Path], None]
 
 
 def fit(
@@ -66,10 +67,12 @@ def fit(
     *,
     resume: bool,
     reporter: Reporter,
+    accept: Callable[[Path], None],
     score: Callable[[], float] | None = None,
 ) -> None:
     """Train and leave `adapter/` (or `model/`). Raises InterruptedRun, after saving, when a signal asked to stop.
 
+    `accept` judges what was written before it gets its name, and raises RefusedError where it must not be used.
     `score` measures the weights in memory at every evaluation; the best evaluation is then the one it says.
     """
     lineage = lineage_of(ready)
@@ -112,8 +115,8 @@ def fit(
         )
     if settings.patience is not None:
         _restore_best(run, result.progress, trainable, reporter)
-    trainable.save(run)
     record_actual(run, plan)
+    _publish(run, trainable, accept)
 
 
 def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
@@ -184,20 +187,32 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     return Trainable(lora, adapter, body, parameters, layout, limit, save)
 
 
-def _save_adapter(ready: Prepared, lora: LoraModel, run: Run) -> None:
+def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> None:
+    """Write the result beside, have it judged, then give it its name; what is refused is kept under another."""
+    target = run.model if trainable.adapter is None else run.adapter
+    beside, refused = run.folder / f".{target.name}.partial", run.folder / f"{target.name}.refused"
+    for leftover in (beside, refused):
+        shutil.rmtree(leftover, ignore_errors=True)
+    trainable.save(beside)
+    try:
+        accept(beside)
+    except RefusedError as error:
+        beside.rename(refused)
+        raise RefusedError(f"{error}; it is kept for a look in {refused}", gate=error.gate) from None
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+
+
+def _save_adapter(ready: Prepared, lora: LoraModel, folder: Path) -> None:
     section, base = ready.recipe.adapter, ready.base
     assert section is not None
-    save_adapter(lora, TUNED, run.adapter, section, base.name, base.revision)
+    save_adapter(lora, TUNED, folder, section, base.name, base.revision)
 
 
-def _save_model(ready: Prepared, run: Run) -> None:
-    """Every weight, in Hugging Face layout; written beside and renamed."""
-    beside = run.folder / ".model.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    ready.base.model.save_pretrained(beside)
-    ready.base.tokenizer.save_pretrained(beside)
-    shutil.rmtree(run.model, ignore_errors=True)
-    beside.rename(run.model)
+def _save_model(ready: Prepared, folder: Path) -> None:
+    """Every weight, in Hugging Face layout."""
+    ready.base.model.save_pretrained(folder)
+    ready.base.tokenizer.save_pretrained(folder)
 
 
 def _learning_rate(ready: Prepared, reporter: Reporter) -> float:

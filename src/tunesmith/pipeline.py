@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tunesmith import parity
 from tunesmith.data.checks import check as check_rows
 from tunesmith.data.checks import gate
 from tunesmith.data.fix import write_fixed
@@ -25,6 +26,7 @@ from tunesmith.models.loading import load_base
 from tunesmith.models.lora import wrap
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
+from tunesmith.parity import Parity, publication_gate
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
 from tunesmith.progress import Reporter
@@ -80,8 +82,8 @@ def plan(recipe: Recipe, *, reporter: Reporter | None = None) -> Plan:
 def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, reporter: Reporter | None = None) -> Run:
     """Gate, plan, then train; leaves an adapter in the run's folder ($TUNESMITH_HOME/runs/NAME by default).
 
-    Raises InputError for bad input (nothing is left behind then), RefusedError where the gate or the plan says no, and
-    InterruptedRun after a signal.
+    Raises InputError for bad input (nothing is left behind then), RefusedError where a gate (data, plan, parity) says
+    no, and InterruptedRun after a signal.
     """
     reporter = reporter or Reporter()
     place = folder or home() / "runs" / recipe.name
@@ -95,8 +97,14 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     score = held_out_scorer(ready, trainable.lora, trainable.adapter)
     run = create_run(place, resume=resume)
     write_json(run.data_report, report.to_json())
-    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, score=score)
+    accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run)
+    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=score)
     return run
+
+
+def verify(name: str | Path) -> Parity:
+    """Whether a run's adapter (or an adapter's folder) is served as it was trained. Raises InputError."""
+    return parity.verify(str(name))
 
 
 def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | None = None) -> Report:

@@ -71,6 +71,11 @@ class Run:
         return self.folder / "model"
 
     @property
+    def parity(self) -> Path:
+        """What the trainer made of a few rows, and whether the engine makes the same of them."""
+        return self.folder / "parity.json"
+
+    @property
     def items(self) -> Path:
         return self.folder / "items.jsonl"
 
