@@ -1,4 +1,4 @@
-"""The parity gate: what was trained is what is served. An adapter that fails it is neither published nor loaded.
+"""The parity gate: what was trained is what is served. An adapter that fails it is neither published nor served.
 
     train    a few rows, scored by the trainer's own body ─► parity.json
                                                               │
@@ -6,7 +6,8 @@
              base · template · prompt · effect · log-probs · end, by the engine that will answer
 
 "Right in the trainer, wrong in the server" comes from another base, another template, a second <s>, an adapter that
-was not applied, or a stop token never learned. Each is one check here, and none needs the training data again.
+was not applied, or a stop token never learned. Each is one check here, and none needs the training data again. The last
+is no fault of serving: training publishes such an adapter and says so, for it may have been meant to be that short.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ from tunesmith.types import Example, Message, TokenizedExample
 
 ROWS = 4  # answers that are compared
 TOLERANCE, TOLERANCE_HALVED = 1e-3, 5e-2  # of a log-probability; where either side computed in 16 bits
-EFFECT = 1e-4  # an adapter that changes every log-probability by less does nothing
+EFFECT = 1e-6  # an adapter that changes every log-probability by less does nothing: its weights are zero
 LIKELY_END = 0.05  # the stop token's probability after a whole answer, in the middle row
 MEMORY = 256 << 20  # bytes of keys and values
 SERVED = "served"  # the adapter as it was read from disk
+END = "end"
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "Write one sentence about rain.")
 
 
@@ -91,6 +93,11 @@ class Parity:
     def passed(self) -> bool:
         return self.reason is None
 
+    @property
+    def publishable(self) -> bool:
+        """All holds but perhaps that answers end, which more training mends."""
+        return all(check.passed is not False for check in self.checks if check.name != END)
+
     def to_json(self) -> dict[str, Any]:
         return {"passed": self.passed, "reason": self.reason, "checks": [asdict(check) for check in self.checks]}
 
@@ -112,7 +119,7 @@ class _Served:
 
 
 def publication_gate(
-    ready: Prepared, lora: LoraModel, adapter: str | None, body: Body, run: Run
+    ready: Prepared, lora: LoraModel, adapter: str | None, body: Body, run: Run, say: Callable[[str], None]
 ) -> Callable[[Path], None]:
     """What `fit` calls with a folder before it is published: leaves parity.json, raises RefusedError.
 
@@ -130,8 +137,10 @@ def publication_gate(
         else:
             parity = Parity((Check("engine", None, f"it is not for this engine: {abilities.reason}"),), tuple(rows))
         write_json(run.parity, {**parity.to_json(), "rows": [asdict(row) for row in parity.rows]})
-        if parity.reason is not None:
+        if not parity.publishable:
             raise RefusedError(f"what would be served is not what was trained: {parity.reason}", gate="parity")
+        if parity.reason is not None:
+            say(f"`tunesmith verify` will refuse this adapter: {parity.reason}")
 
     return accept
 
@@ -257,12 +266,12 @@ def _same_logprobs(
 def _end(rows: Sequence[Row], found: Sequence[Sequence[float]]) -> Check:
     ends = [float(np.exp(scores[-1])) for row, scores in zip(rows, found, strict=True) if row.ends]
     if not ends:
-        return Check("end", None, "there are no answers that end by themselves")
+        return Check(END, None, "there are no answers that end by themselves")
     middle = statistics.median(ends)
     said = f"after a whole answer the stop token has a probability of {middle:.2g} in the middle row"
     if middle >= LIKELY_END:
-        return Check("end", True, said)
-    return Check("end", False, f"{said}: it would go on; train longer, or see that answers end in the stop token")
+        return Check(END, True, said)
+    return Check(END, False, f"{said}: it would go on; train longer, or see that answers end in the stop token")
 
 
 def _largest_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:

@@ -97,7 +97,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     score = held_out_scorer(ready, trainable.lora, trainable.adapter)
     run = create_run(place, resume=resume)
     write_json(run.data_report, report.to_json())
-    accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run)
+    accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run, reporter.say)
     fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=score)
     return run
 
