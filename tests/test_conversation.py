@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.tiny_llama import save
+from tiny_llama import save
 from tunesmith import conversation
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import add_new_adapter, wrap

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from models.tiny_llama import save
+from tiny_llama import save
 from tunesmith import cli, fitting
 from tunesmith.errors import RefusedError
 from tunesmith.models.peft_format import CONFIG, WEIGHTS
