@@ -18,7 +18,7 @@ from tunesmith.prove.task import question
 from tunesmith.types import Item
 
 AT_ONCE = 96  # items in one call of the engine; rows are written after each
-FIRST_LOOK = 48  # then after 96, 192, 384, ...
+FIRST_LOOK = 48  # then after 72, 108, 162, ...: half as many again
 DECIDED_BY = 0.10
 SHOWN_INPUT = 4000  # characters of a question kept in items.jsonl, for the page
 DECIDED_Z = 3.29  # two-sided 99.9%, so that looking several times keeps the error of stopping under 1%
@@ -47,7 +47,7 @@ def run_ladder(
 ) -> list[Row]:
     """Every contender's rows, contenders in the given order, items in the order of the file.
 
-    `reference` (the tuned model) answers first and always in full. Another contender stops after 48, 96, 192, ...
+    `reference` (the tuned model) answers first and always in full. Another contender stops after 48, 72, 108, ...
     items where its difference from the reference on the main scorer, on the same items, is below -10 points by its
     99.9% interval: it has lost, and more items would only say by how much. Items are taken in an order shuffled by
     their ids, the same for all, so that what was answered is a fair sample.
@@ -108,7 +108,7 @@ def _run(
         detail = f"{contender.name}: {main} {sum(scores) / len(scores):.2f}"
         reporter.advance(len(rows), len(items), detail)
         if reference is not None and len(rows) == look < len(items):
-            look *= 2
+            look += look // 2
             if lost(rows, reference, main):
                 reporter.say(f"{contender.name} has lost after {len(rows)} of {len(items)} items; it stops here")
                 break
