@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 from tiny import CONTEXT, greedy, rival, tiny_engine
 
+from tunesmith.engine import completer, core
 from tunesmith.engine.request import BusyError, Request
 from tunesmith.errors import InputError
 
@@ -31,6 +34,7 @@ SMALL = 4 * 2 * 2 * 8 * 4 * 64 * 6  # bytes: 6 slots of 64 tokens of the tiny ll
         (Request(prompt_ids=[3], top_p=0), "top_p"),
         (Request(prompt_ids=[3], n=0), "n is 0"),
         (Request(prompt_ids=[3], stop=""), "empty stop"),
+        (Request(prompt_ids=[3], timeout=0), "timeout is 0"),
         (Request(prompt_ids=[3], logprobs=99), "logprobs"),
         (Request(prompt_ids=[3], logit_bias={500: 1.0}), "token 500"),
         (Request(prompt_ids=[3], schema={}, regex="a"), "one of"),
@@ -140,3 +144,49 @@ def test_threads_share_the_engine() -> None:
     for thread in threads:
         thread.join(60)
     assert [found[i] for i in range(len(prompts))] == [greedy(rival("llama"), p, 10)[0] for p in prompts]
+
+
+def test_a_late_request_ends_with_what_it_has_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))  # a second a step, about
+    monkeypatch.setattr(core, "time", clock)
+    monkeypatch.setattr(completer, "time", clock)
+    engine = tiny_engine(max_batch=2)
+    late = Request(prompt_ids=[5], max_tokens=100, ignore_stop=True, timeout=9)
+    patient = Request(prompt_ids=[6], max_tokens=40, ignore_stop=True)
+    never_begun = Request(prompt_ids=[7], max_tokens=5, timeout=4)
+    answers = engine.generate([late, patient, never_begun])
+    assert [a.finish_reason for a in answers] == ["cancelled", "length", "cancelled"]
+    assert 3 <= len(answers[0].ids) < 60
+    whole = tiny_engine().generate([Request(prompt_ids=[5], max_tokens=100, ignore_stop=True)])[0]
+    assert answers[0].ids == whole.ids[: len(answers[0].ids)]
+    assert answers[2].ids == []
+    assert engine._core.idle
+
+
+def test_one_caller_with_many_requests_does_not_hold_up_another() -> None:
+    engine = tiny_engine(max_batch=1)
+    crowd, single = object(), object()
+    many = [engine._pending(Request(prompt_ids=[n], max_tokens=2, ignore_stop=True), crowd) for n in range(3, 23)]
+    one = engine._pending(Request(prompt_ids=[50], max_tokens=2, ignore_stop=True), single)
+    for pending in (*many, one):
+        engine._core.submit(pending.generations)
+    while not one.finished:
+        engine._core.step()
+    assert sum(pending.finished for pending in many) <= 2
+    while not engine._core.idle:
+        engine._core.step()
+    assert all(pending.finished for pending in many)
+
+
+def test_a_caller_that_leaves_gives_up_its_place_in_the_queue() -> None:
+    engine = tiny_engine(max_batch=1)
+    first, second = (engine._pending(Request(prompt_ids=[n], max_tokens=9), object()) for n in (3, 4))
+    for pending in (first, second):
+        engine._core.submit(pending.generations)
+    engine._core.step()
+    engine._abandon([second])
+    assert second.finished
+    assert len(engine._core.scheduler.waiting) == 0
+    engine._abandon([first])
+    assert engine._core.idle

@@ -1,7 +1,7 @@
 """Attention of one step's tokens over the cache, in parts that are merged by their log-sum-exp.
 
-The flat rows of a step are first the decoding sequences, one row each, then the spans: runs of prompt tokens of one
-sequence. A row looks at
+The flat rows of a step are first those of the decoding sequences, one each and one for every guessed token, then the
+spans: runs of prompt tokens of one sequence. A row looks at
     its own end      decoding rows: all slots in one batched attention; a span: itself and what precedes it in its store
     shared nodes     every node on its path, one attention a node for all rows below it
 Softmax over the union of keys is the mean of the parts' outputs weighted by exp(log-sum-exp) (Flash attention's
@@ -47,7 +47,8 @@ class CacheContext:
     positions: Tensor  # [tokens] of every row of the step
     slots: Slots
     slot_index: Tensor  # [decoding] the slot of each decoding row
-    slot_length: Tensor  # [decoding] tokens in it, this row's included
+    offsets: Tensor  # [decoding] where in the slot it is written; it sees what lies up to there
+    turns: Tensor  # [decoding] how many rows of the same slot come before it
     spans: Sequence[Span]
     below: Sequence[Below]
     _masks: dict[tuple[object, int | None], Tensor | None] = field(default_factory=dict)
@@ -56,9 +57,11 @@ class CacheContext:
         decoding = len(self.slot_index)
         self.decoding = decoding
         if decoding:
-            self.reach = int(self.slot_length.max())
-            self.offsets = self.slot_length - 1
-            self.dense = bool((self.slot_index == torch.arange(decoding, device=self.slot_index.device)).all())
+            self.reach = int(self.offsets.max()) + 1
+            self.count, self.width = int(self.slot_index.max()) + 1, int(self.turns.max()) + 1  # slots, rows in each
+            self.places = self.slot_index * self.width + self.turns
+            self.dense = bool((self.places == torch.arange(decoding, device=self.places.device)).all())
+            self.dense &= decoding == self.count * self.width
 
     def attend(
         self,
@@ -102,19 +105,23 @@ class CacheContext:
 
     def _decode(self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None) -> Part:
         """query [heads, decoding, dim] -> out [decoding, heads, dim], lse [decoding, heads]."""
-        keys, values = self.slots.kv.keys[layer], self.slots.kv.values[layer]
-        count = self.decoding if self.dense else self.slots.count
+        keys = self.slots.kv.keys[layer][: self.count, :, : self.reach]
+        values = self.slots.kv.values[layer][: self.count, :, : self.reach]
+        count, width, kv_heads = self.count, self.width, keys.shape[1]
         rows = query.transpose(0, 1)
         if not self.dense:
-            rows = rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, self.slot_index, rows)
-        # The query heads of one key-value head are rows of one product: [slots, kv_heads, group, dim].
-        grouped = rows.reshape(count, keys.shape[1], -1, query.shape[-1])
-        mask = self._slot_mask(window, count, query.dtype)
-        out, lse = attend_part(
-            grouped, keys[:count, :, : self.reach], values[:count, :, : self.reach], mask, scaling, softcap
+            rows = rows.new_zeros(count * width, *rows.shape[1:]).index_copy_(0, self.places, rows)
+        # A slot's rows and a key-value head's query heads are one product: [slots, kv_heads, group * width, dim].
+        grouped = rows.reshape(count, width, kv_heads, -1, query.shape[-1]).permute(0, 2, 3, 1, 4)
+        group = grouped.shape[2]
+        grouped = grouped.reshape(count, kv_heads, group * width, -1)
+        mask = self._slot_mask(window, group, query.dtype)
+        out, lse = attend_part(grouped, keys, values, mask, scaling, softcap)
+        out = (
+            out.reshape(count, kv_heads, group, width, -1).permute(0, 3, 1, 2, 4).reshape(count * width, len(query), -1)
         )
-        out, lse = out.reshape(count, -1, values.shape[-1]), lse.reshape(count, -1)
-        return (out, lse) if self.dense else (out[self.slot_index], lse[self.slot_index])
+        lse = lse.reshape(count, kv_heads, group, width).permute(0, 3, 1, 2).reshape(count * width, -1)
+        return (out, lse) if self.dense else (out[self.places], lse[self.places])
 
     def _span(
         self, layer: int, span: Span, query: Tensor, scaling: float, window: int | None, softcap: float | None
@@ -157,17 +164,19 @@ class CacheContext:
         weighted = out[rows] * (before - merged).exp()[..., None] + part * (part_lse - merged).exp()[..., None]
         out[rows] = weighted.to(out.dtype)
 
-    def _slot_mask(self, window: int | None, count: int, dtype: torch.dtype) -> Tensor | None:
-        """[slots, 1, 1, reach]: 0 where the slot's row sees the token, -inf elsewhere."""
+    def _slot_mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor | None:
+        """[slots, 1, group * width, reach]: 0 where a slot's row sees the token, -inf elsewhere."""
         if ("slots", window) not in self._masks:
             last = self.offsets
             if not self.dense:
-                last = torch.zeros(count, dtype=last.dtype, device=last.device).index_copy_(0, self.slot_index, last)
+                last = last.new_zeros(self.count * self.width).index_copy_(0, self.places, last)
+            last = last.reshape(self.count, self.width, 1)
             offsets = torch.arange(self.reach, device=last.device)
-            seen = offsets <= last[:, None]
+            seen = offsets <= last
             if window is not None:
-                seen &= offsets > last[:, None] - window
-            self._masks["slots", window] = None if bool(seen.all()) else _additive(seen, dtype)[:, None, None]
+                seen &= offsets > last - window
+            mask = None if bool(seen.all()) else _additive(seen, dtype).repeat(1, group, 1)[:, None]
+            self._masks["slots", window] = mask
         return self._masks["slots", window]
 
     def _span_mask(self, span: Span, window: int | None, dtype: torch.dtype) -> Tensor | None:

@@ -158,7 +158,7 @@ def _try(body: Body, spec: KvSpec) -> Tensor:
     """The body's hidden states for a few tokens, attending among themselves."""
     store = spec.empty(TRIED)
     ids, none = torch.arange(TRIED), torch.empty(0, dtype=torch.long)
-    return body(ids, ids, CacheContext(ids, Slots(spec), none, none, [Span(0, TRIED, store, 0)], []), ())
+    return body(ids, ids, CacheContext(ids, Slots(spec), none, none, none, [Span(0, TRIED, store, 0)], []), ())
 
 
 def _out_features(linear: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,7 +113,7 @@ class Completer:
         if len(ids) > self.limits.context_length:
             raise InputError(f"the {what} has {len(ids)} tokens, but the base takes {self.limits.context_length}")
 
-    def generations(self, request: Request, cache_key: object) -> list[Generation]:
+    def generations(self, request: Request, cache_key: object, caller: object) -> list[Generation]:
         """One for each of the `n` samples. Raises InputError."""
         check_request(request)
         prompt = self.prompt_ids(request)
@@ -132,6 +134,8 @@ class Completer:
                 stop_ids=frozenset() if request.ignore_stop else self.renderer.stop_ids,
                 seed=None if request.seed is None else request.seed + index,
                 constraint=self.grammars.constraint(request),
+                deadline=math.inf if request.timeout is None else time.monotonic() + request.timeout,
+                caller=caller,
             )
             for index in range(request.n)
         ]

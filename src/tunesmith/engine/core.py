@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from tunesmith.engine.cache import KvSpec, LayerShape, Node
 from tunesmith.engine.generation import Generation
 from tunesmith.engine.projection import Segment
 from tunesmith.engine.request import BusyError
-from tunesmith.engine.sampling import choose
+from tunesmith.engine.sampling import Choice, choose
 from tunesmith.engine.scheduler import Chunk, Plan, Scheduler
 from tunesmith.errors import InputError
 from tunesmith.models.lora import LoraModel
@@ -102,6 +103,7 @@ class Core:
     @torch.no_grad()
     def step(self) -> None:
         """Run the model once over the next tokens of every running generation."""
+        self._cancel_late()
         plan = self.scheduler.plan()
         chunks = plan.chunks
         if not chunks:
@@ -109,40 +111,48 @@ class Core:
             return
         hidden = self._run(plan)
         self.scheduler.advance(plan)
-        ends: list[int] = []
-        ready: list[Generation] = []
+        ends: list[int] = []  # the rows that say what comes next, one after the last token and one after each guess
+        ready: list[Chunk] = []
         row = 0
         for chunk in chunks:
-            row += chunk.stop - chunk.start
-            generation = chunk.generation
-            if generation.scored_from is not None:
-                self._score(chunk, hidden[row - (chunk.stop - chunk.start) : row])
-            elif chunk.stop == generation.length:
-                ends.append(row - 1)
-                ready.append(generation)
+            first, row = row, row + chunk.rows
+            if chunk.generation.scored_from is not None:
+                self._score(chunk, hidden[first:row])
+            elif chunk.stop == chunk.generation.length:
+                ends += range(row - 1 - len(chunk.guesses), row)
+                ready.append(chunk)
         if ready:
             logits = self._head.logits(hidden[ends]).float()
-            for generation, choice in zip(ready, choose(logits, ready), strict=True):
-                generation.take(choice)
+            sequences = [chunk.generation for chunk in ready for _ in range(1 + len(chunk.guesses))]
+            choices = iter(choose(logits, sequences))
+            for chunk in ready:
+                _take(chunk, [next(choices) for _ in range(1 + len(chunk.guesses))])
         for generation in dict.fromkeys(chunk.generation for chunk in chunks):
             if generation.finish_reason is not None:
                 self.scheduler.leave(generation)
 
+    def _cancel_late(self) -> None:
+        """What is past its deadline ends with what it has."""
+        now = time.monotonic()
+        for generation in self.generations:
+            if generation.deadline <= now:
+                self.cancel(generation)
+
     def _run(self, plan: Plan) -> Tensor:
         """The step's rows through the model: hidden states [rows, hidden]."""
         chunks = plan.chunks
-        ids = torch.tensor([t for c in chunks for t in c.generation.slice(c.start, c.stop)], device=self.device)
-        positions = torch.tensor([p for c in chunks for p in range(c.start, c.stop)], device=self.device)
+        ids = torch.tensor([token for c in chunks for token in c.tokens], device=self.device)
+        positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.rows)], device=self.device)
         return self._body(ids, positions, self._context(plan, positions), _segments(chunks))
 
     def _context(self, plan: Plan, positions: Tensor) -> CacheContext:
         spans: list[Span] = []
         below: dict[Node, list[int]] = {}
-        row = 0
+        row, decoding = 0, sum(chunk.rows for chunk in plan.decode)
         for chunk in plan.chunks:
-            stop = row + chunk.stop - chunk.start
+            stop = row + chunk.rows
             generation, node = chunk.generation, chunk.node
-            if row >= len(plan.decode):
+            if row >= decoding:
                 store = self.scheduler.slots.slot(generation.slot) if node is None else node.kv
                 assert generation.node is not None
                 spans.append(
@@ -151,12 +161,14 @@ class Core:
             for seen in chunk.seen_nodes():
                 below.setdefault(seen, []).extend(range(row, stop))
             row = stop
-        decoding = [chunk.generation for chunk in plan.decode]
+        own = [(c.generation.slot, c.generation.tail + i, i) for c in plan.decode for i in range(c.rows)]
+        slot_index, offsets, turns = torch.tensor(own, dtype=torch.long, device=self.device).reshape(-1, 3).unbind(1)
         return CacheContext(
             positions=positions,
             slots=self.scheduler.slots,
-            slot_index=torch.tensor([g.slot for g in decoding], dtype=torch.long, device=self.device),
-            slot_length=torch.tensor([g.tail + 1 for g in decoding], dtype=torch.long, device=self.device),
+            slot_index=slot_index,
+            offsets=offsets,
+            turns=turns,
             spans=spans,
             below=[Below(node, torch.tensor(rows, device=self.device)) for node, rows in below.items()],
         )
@@ -199,12 +211,23 @@ class _ShapeProbe:
         return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2)
 
 
+def _take(chunk: Chunk, choices: Sequence[Choice]) -> None:
+    """Go on with what the model said, as far as the guesses it was said after were right."""
+    generation = chunk.generation
+    for place, choice in enumerate(choices):
+        generation.take(choice)
+        if generation.finish_reason is not None or [choice.token] != [*chunk.guesses[place : place + 1]]:
+            return
+        generation.tail += 1  # the guess's keys and values are the token's
+        generation.computed += 1
+
+
 def _segments(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
     """Runs of rows of one adapter."""
     segments: list[Segment] = []
     row = 0
     for chunk in chunks:
-        stop = row + chunk.stop - chunk.start
+        stop = row + chunk.rows
         name = chunk.generation.adapter
         if name is not None:
             if segments and segments[-1][0] == name and segments[-1][2] == row:

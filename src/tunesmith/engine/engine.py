@@ -115,7 +115,8 @@ class Engine:
     def generate(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Answer]:
         """Answer all requests, in order. `progress(done, of)` is called as answers become ready. Raises InputError."""
         answers: dict[int, Answer] = {}
-        for pending in self._drive(self._pending(request, index) for index, request in enumerate(requests)):
+        caller = object()
+        for pending in self._drive(self._pending(request, caller, index) for index, request in enumerate(requests)):
             answers[pending.index] = pending.answer(self._completer)
             if progress is not None:
                 progress(len(answers), len(requests))
@@ -124,7 +125,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer one request piece by piece; leaving the loop cancels it. Raises InputError."""
         self._begin()
-        pending = self._pending(request, streaming=True)
+        pending = self._pending(request, object(), streaming=True)
         with self._lock:
             self._core.submit(pending.generations)
         try:
@@ -143,7 +144,8 @@ class Engine:
     ) -> list[list[float]]:
         """`logprobs` of many (prompt_ids, answer_ids) at once; prompts that begin alike are computed once."""
         scores: list[list[float]] = [[] for _ in pairs]
-        scorings = (self._scoring(*pair, adapter, index) for index, pair in enumerate(pairs) if len(pair[1]))
+        caller = object()
+        scorings = (self._scoring(*pair, adapter, caller, index) for index, pair in enumerate(pairs) if len(pair[1]))
         for pending in self._drive(scorings):
             scores[pending.index] = pending.generations[0].scores
         return scores
@@ -217,17 +219,19 @@ class Engine:
                 for generation in pending.generations:
                     self._core.cancel(generation)
 
-    def _pending(self, request: Request, index: int = 0, streaming: bool = False) -> Pending:
+    def _pending(self, request: Request, caller: object, index: int = 0, streaming: bool = False) -> Pending:
         key = self._core.adapters.key(request.adapter)
-        generations = self._completer.generations(request, key)
+        generations = self._completer.generations(request, key, caller)
         return Pending(index, generations, [self._completer.tracker(request, streaming, g) for g in generations])
 
-    def _scoring(self, prompt: Sequence[int], answer: Sequence[int], adapter: str | None, index: int) -> Pending:
+    def _scoring(
+        self, prompt: Sequence[int], answer: Sequence[int], adapter: str | None, caller: object, index: int
+    ) -> Pending:
         self._completer.check_tokens(prompt, "prompt")
         ids = [*prompt, *answer]
         self._completer.check_tokens(ids, "prompt with its answer")
         key = self._core.adapters.key(adapter)
-        generation = Generation(ids, 0, adapter=adapter, cache_key=key, scored_from=len(prompt))
+        generation = Generation(ids, 0, adapter=adapter, cache_key=key, scored_from=len(prompt), caller=caller)
         return Pending(index, [generation], [None])
 
 

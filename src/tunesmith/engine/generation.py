@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from tunesmith.engine.cache import Node, Tokens
 from tunesmith.engine.request import FinishReason
 from tunesmith.engine.sampling import Choice, Sampling
+from tunesmith.engine.speculation import Guesser, Speculation
 from tunesmith.errors import InputError
 
 
@@ -45,6 +47,8 @@ class Generation:
     stop_ids      tokens that end the generation; they are part of `generated`
     watch         sees `generated` after each new token; True ends the generation (stop strings)
     scored_from   place in the prompt from which on `scores` collects each token's log-probability
+    deadline      by the monotonic clock, when it is cancelled, begun or not
+    caller        who asked; callers take turns
     """
 
     prompt: list[int]
@@ -57,6 +61,8 @@ class Generation:
     watch: Callable[[list[int]], bool] | None = None
     constraint: Constraint | None = None
     scored_from: int | None = None
+    deadline: float = math.inf
+    caller: object = None
 
     generated: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
@@ -69,6 +75,7 @@ class Generation:
     node: Node | None = None
     slot: int = -1
     tail: int = 0
+    guesser: Guesser | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -109,6 +116,21 @@ class Generation:
     def cached_tokens(self) -> int:
         """Prompt tokens that another generation had computed, or computes for both."""
         return max(0, self.length - 1 - self.computed)
+
+    @property
+    def guessable(self) -> bool:
+        """Whether its tokens depend on nothing but the model, so that several may be checked at once."""
+        sampling = self.sampling
+        return self.constraint is None and self.scored_from is None and not (sampling.temperature or sampling.reshapes)
+
+    def guess(self, speculation: Speculation, sequences: int, room: int) -> tuple[int, ...]:
+        """What may come after its last token (see Guesser.guess)."""
+        if not self.guessable:
+            return ()
+        if self.guesser is None:
+            self.guesser = Guesser(speculation, self.cache_key, self.prompt)
+        self.guesser.see(self.generated)
+        return tuple(self.guesser.guess(sequences, min(room, self.max_tokens - len(self.generated) - 1)))
 
     def allowed(self) -> Tensor | None:
         """See sampling.Samplable."""

@@ -40,6 +40,7 @@ class Request:
     logit_bias            token id -> what to add to its logit
     schema, regex, choice, grammar         the answer matches this JSON Schema, regular expression, one of these
                                            strings, or Lark grammar; at most one of the four
+    timeout               seconds after which the answer ends with what it has ("cancelled"), waiting included
     ignore_stop           go on to `max_tokens` whatever is generated (for timing)
     """
 
@@ -65,6 +66,7 @@ class Request:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    timeout: float | None = None
     ignore_stop: bool = False
 
     @property
@@ -120,6 +122,8 @@ def check_request(request: Request) -> None:
         raise InputError(f"n is {request.n}; it must lie between 1 and {MAX_SAMPLES}")
     if not 0 <= int(request.logprobs) <= MAX_TOP_LOGPROBS:
         raise InputError(f"logprobs is {request.logprobs}; at most {MAX_TOP_LOGPROBS} alternatives are given")
+    if request.timeout is not None and not request.timeout > 0:
+        raise InputError(f"timeout is {request.timeout}; it must be more than 0 seconds")
     if any(not stop for stop in request.stop_strings):
         raise InputError("an empty stop string would end every answer at once; leave it out")
     _check_ranges(request)

@@ -7,12 +7,13 @@ them goes into the prefix tree and is computed once, the rest into a slot of its
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tunesmith.engine.cache import KvSpec, Node, PrefixTree, Slots, Tokens, shared_length
 from tunesmith.engine.generation import Generation
+from tunesmith.engine.queue import Queue
+from tunesmith.engine.speculation import Speculation
 from tunesmith.errors import InputError
 
 MIN_SHARED = 16  # tokens: a shorter shared prefix is computed again rather than attended to apart
@@ -23,12 +24,24 @@ ROOM_STEP = 64  # slots grow by this many tokens
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, stop) of a sequence in this step; `node` is where they go, None for the slot."""
+    """Tokens [start, stop) of a sequence in this step; `node` is where they go, None for the slot.
+
+    `guesses` come after them, one row each, and count only where the model turns out to say the same.
+    """
 
     generation: Generation
     start: int
     stop: int
     node: Node | None = None
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start + len(self.guesses)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.generation.slice(self.start, self.stop), *self.guesses]
 
     def seen_nodes(self) -> list[Node]:
         """The nodes that hold what lies before the place these tokens are written to."""
@@ -38,7 +51,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: `decode` has one token each and comes first in the flat sequence, then `prefill`."""
+    """One step: `decode` has one token each (and guesses) and comes first in the flat sequence, then `prefill`."""
 
     decode: list[Chunk] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
@@ -65,7 +78,8 @@ class Scheduler:
         self._ready = ready
         self.tree, self.slots = PrefixTree(spec), Slots(spec)
         self.memory_limit, self.max_batch, self.step_tokens = memory_limit, max_batch, step_tokens
-        self.waiting: deque[Generation] = deque()
+        self.speculation = Speculation()
+        self.waiting = Queue()
         self.running: list[Generation] = []
 
     @property
@@ -85,7 +99,8 @@ class Scheduler:
                 plan.decode.append(Chunk(generation, done, done + 1))
             else:
                 backlog.append(generation)
-        budget = max(self.step_tokens - len(plan.decode), MIN_SHARED)
+        plan.decode = [self._with_guesses(chunk, len(plan.decode)) for chunk in plan.decode]
+        budget = max(self.step_tokens - sum(chunk.rows for chunk in plan.decode), MIN_SHARED)
         for generation in backlog:
             while budget > 0 and (chunk := self._next_chunk(generation, filling, budget, plan)) is not None:
                 plan.prefill.append(chunk)
@@ -118,15 +133,22 @@ class Scheduler:
         """Empty the cache; nothing may be running."""
         assert self.idle
         self.tree, self.slots = PrefixTree(self.tree.spec), Slots(self.tree.spec)
+        self.speculation.forget()
+
+    def _with_guesses(self, chunk: Chunk, sequences: int) -> Chunk:
+        """A decoding sequence's next row, and those of what is likely to follow."""
+        room = self.slots.room - chunk.generation.tail - 1
+        return replace(chunk, guesses=chunk.generation.guess(self.speculation, sequences, room))
 
     def _join(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:
+            head = self.waiting.head
             try:
-                if not self._admit(self.waiting[0]):
+                if not self._admit(head):
                     return
             except InputError as error:  # the one request that can never fit; the others go on
-                self.waiting[0].error, self.waiting[0].finish_reason = error, "cancelled"
-            self.waiting.popleft()
+                head.error, head.finish_reason = error, "cancelled"
+            self.waiting.pop_head()
 
     def _computed(self, generation: Generation) -> int | None:
         """Tokens in the cache, None while a node of the path is not whole."""
@@ -266,7 +288,7 @@ class Scheduler:
         self._vacate(generation)
         generation.node, generation.slot, generation.tail = None, -1, 0
         generation.scores.clear()
-        self.waiting.appendleft(generation)
+        self.waiting.give_back(generation)
 
     def _spill(self, generation: Generation) -> None:
         """Move a long tail into the tree."""
