@@ -59,7 +59,7 @@ def test_base_as_one_word_and_full_fine_tuning(tmp_path: Path) -> None:
             "data: {train: a}\nobjective: {kind: dpo, beta: 0}",
             'line 2: "objective.beta": input should be greater than 0',
         ),
-        ("data: {train: a}\nobjective: {kind: dppo}", "'sft', 'cpt', 'dpo', 'orpo'"),
+        ("data: {train: a}\nobjective: {kind: dppo}", "'sft', 'cpt', 'dpo', 'orpo', 'kto'"),
     ],
 )
 def test_a_fault_is_one_sentence_with_its_line(tmp_path: Path, text: str, message: str) -> None:

@@ -83,9 +83,10 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
         for note in renderer.notes:
             reporter.say(note)
     limit = length_limit(recipe, base)
-    pieces = method_of(recipe.objective).pieces
-    train = tokenize(rows.train, renderer, recipe.data, limit, pieces=pieces)
-    held_out = tokenize(rows.held_out, renderer, recipe.data, limit, pieces=pieces) if rows.held_out else None
+    method = method_of(recipe.objective)
+    how = {"pieces": method.pieces, "strangers": method.strangers}
+    train = tokenize(rows.train, renderer, recipe.data, limit, **how)
+    held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
     for side in (train, held_out):
         for sentence in side.sentences(limit) if side is not None else ():
             reporter.say(sentence)

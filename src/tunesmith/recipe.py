@@ -87,7 +87,12 @@ class Orpo(Section):
     beta: float = Field(default=0.1, gt=0)  # the odds ratio's weight beside the chosen answer's loss
 
 
-Objective = Annotated[Sft | Cpt | Dpo | Orpo, Field(discriminator="kind")]
+class Kto(Section):
+    kind: Literal["kto"] = "kto"
+    beta: float = Field(default=0.1, gt=0)  # how dear it is to leave the reference
+
+
+Objective = Annotated[Sft | Cpt | Dpo | Orpo | Kto, Field(discriminator="kind")]
 
 
 class Train(Section):

@@ -163,3 +163,15 @@ def test_no_piece_is_left_with_nothing_to_learn(tmp_path, renderer, length):
     tokenized = tokenize(examples, renderer, recipe_data("rows.jsonl"), 100, pieces=True)
     assert all(each.weights.any() for each in tokenized.examples)
     assert tokenized.supervised_tokens == length  # and the end of text, less the first token
+
+
+def test_a_stranger_is_the_prompt_with_the_next_rows_answer(tmp_path, renderer):
+    examples = examples_of(tmp_path, [pair("ask", "good", "bad"), pair("two", "x" * 20, "y"), pair("three", "z", "w")])
+    tokenized = tokenize(examples, renderer, recipe_data("rows.jsonl"), 80, strangers=True)
+    assert tokenized.together == 3
+    strangers, chosen = tokenized.examples[2::3], tokenized.examples[0::3]
+    assert [trained(renderer, each) for each in strangers] == ["x" * 20 + "<|im_end|>", "z<|im_end|>", "good<|im_end|>"]
+    for own, other in zip(chosen, strangers, strict=True):
+        start = int(np.flatnonzero(own.weights)[0])
+        assert (own.input_ids[:start] == other.input_ids[:start]).all()
+        assert int(np.flatnonzero(other.weights)[0]) == start

@@ -17,7 +17,7 @@ from tunesmith.recipe import Adapter, Train
 from tunesmith.train.annotate import load_columns, reference, save_columns, with_columns
 from tunesmith.train.bodies import make_body
 from tunesmith.train.loop import Hooks, accumulate, train
-from tunesmith.train.losses import REFERENCE, dpo, orpo
+from tunesmith.train.losses import REFERENCE, dpo, kto, orpo
 from tunesmith.tree.body import prepare
 
 LAYOUTS = [
@@ -44,6 +44,17 @@ def make_pairs(n=6, prompt=70, seed=0):
             answer = ids(int(torch.randint(1, 7, (), generator=random)))
             rows.append(example([*asked, *answer, 2], len(answer) + 1, f"{i} {side}"))
     return rows
+
+
+def make_triples(n=6):
+    """Chosen, rejected, and the prompt with the next pair's chosen answer."""
+    rows, triples = make_pairs(n), []
+    for i in range(0, 2 * n, 2):
+        other = rows[(i + 2) % (2 * n)]
+        asked, said = (int((each.weights > 0).argmax()) for each in (rows[i], other))
+        ids = [*rows[i].input_ids[:asked].tolist(), *other.input_ids[said:].tolist()]
+        triples += [*rows[i : i + 2], example(ids, len(ids) - asked, f"{i} stranger")]
+    return triples
 
 
 def make_run(name="llama", dtype=torch.float64, dropout=0.0):
@@ -92,6 +103,14 @@ def orpo_by_the_paper(means, beta):
     return (-means[0::2] - beta * logsigmoid(ratio)).mean()
 
 
+def kto_by_the_paper(policy, reference, beta):
+    """Ethayarajh et al. 2024, arXiv:2402.01306, equations 7 and 8, with z0 shared by the step and held constant."""
+    c, r, moved = ((policy - reference)[i::3] for i in range(3))
+    z0 = moved.mean().clamp(min=0).detach()
+    values = torch.cat((torch.sigmoid(beta * (c - z0)), torch.sigmoid(beta * (z0 - r))))
+    return (1 - values).mean()
+
+
 @pytest.fixture(autouse=True)
 def small_lanes(monkeypatch):
     monkeypatch.setattr(batches, "LANE_TOKENS", 8)
@@ -120,6 +139,28 @@ def test_loss_and_gradient_are_the_papers_however_a_step_is_cut(name, kind):
         assert worst_error(wanted, gradients(parameters)) < 1e-5
         assert metrics["reward_accuracy"] == int(margins.sum())
         assert 0 <= metrics["token_accuracy"] <= step.weight
+
+
+@pytest.mark.parametrize("better", [1, -1])  # the model moved towards the strangers, and away from them: z0 is then 0
+def test_kto_is_the_papers_however_a_step_is_cut(better):
+    lora, body, parameters = make_run()
+    rows, layouts = make_triples(), [dataclasses.replace(layout, together=3) for layout in LAYOUTS]
+    disturb(parameters)
+    with torch.no_grad():
+        sums, _ = logprobs_one_by_one(lora.model, rows)
+    before = sums - torch.tensor([0.5, -0.3, 0.4 * better] * 6)
+    rows = with_columns(rows, {REFERENCE: before.numpy()})
+    sums, _ = logprobs_one_by_one(lora.model, rows)
+    expected = kto_by_the_paper(sums, before, 0.3)
+    expected.backward()
+    wanted = gradients(parameters)
+    for layout in layouts:
+        step = make_step(0, 1.0, rows, layout)
+        total, metrics = accumulate(body, step, kto(0.3))
+        assert step.weight == 6
+        assert total / step.weight == pytest.approx(expected.item(), rel=1e-5)
+        assert worst_error(wanted, gradients(parameters)) < 1e-5
+        assert metrics["reward_margin"] == pytest.approx(6 * 0.3 * 0.8, rel=1e-5)
 
 
 @given(st.integers(0, 1000), st.integers(2, 9), st.integers(0, 90), st.integers(4, 300), st.integers(1, 3))
@@ -214,6 +255,58 @@ def test_the_losses_are_trls(kind, tmp_path):
     assert total / step.weight == pytest.approx(theirs, abs=1e-5)
 
 
+def test_kto_is_trls(tmp_path):
+    pytest.importorskip("trl")
+    lora, body, parameters = make_run(dtype=torch.float32)
+    rows, layout = make_triples(), dataclasses.replace(LAYOUTS[1], together=3)
+    rows = with_columns(rows, reference(body, rows, layout, lambda done, total: None))
+    disturb(parameters)
+    step = make_step(0, 1.0, rows, layout)
+    with torch.no_grad():
+        total, _ = accumulate(body, step, kto(0.3), backward=False)
+    assert total / step.weight == pytest.approx(trl_kto(lora.model, rows, tmp_path), abs=1e-5)
+
+
+def trl_inputs(rows, prefix=""):
+    width = max(len(row.input_ids) for row in rows)
+
+    def padded(values):
+        return torch.stack([torch.nn.functional.pad(torch.as_tensor(v), (0, width - len(v))).long() for v in values])
+
+    return {
+        f"{prefix}input_ids": padded([row.input_ids for row in rows]),
+        f"{prefix}attention_mask": padded([[1] * len(row.input_ids) for row in rows]),
+        f"{prefix}completion_mask": padded([(row.weights > 0).astype("int64") for row in rows]),
+    }
+
+
+def trl_kto(model, rows, folder):
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    from tiny_llama import tokenizer
+
+    model.set_attn_implementation("eager")
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    config = KTOConfig(
+        str(folder), use_cpu=True, beta=0.3, report_to=[], precompute_ref_log_probs=True, bf16=False,
+        gradient_checkpointing=False, per_device_train_batch_size=2,
+    )  # fmt: skip
+    two = Dataset.from_list([{"prompt": "!", "completion": c, "label": c == "#"} for c in ("#", "$")])
+    trainer = KTOTrainer(model, None, config, train_dataset=two, processing_class=words)
+    sides, strangers = [row for i in range(2) for row in rows[i::3]], rows[2::3]
+    inputs = {
+        **trl_inputs(sides),
+        **trl_inputs(strangers, "KL_"),
+        "label": torch.tensor([True] * len(strangers) + [False] * len(strangers)),
+        "ref_logps": torch.tensor([float(row.columns[REFERENCE]) for row in sides]),
+        "ref_KL_logps": torch.tensor([float(row.columns[REFERENCE]) for row in strangers]),
+    }
+    with torch.no_grad():
+        return float(trainer._compute_loss(trainer.model, inputs, False))
+
+
 def trl_dpo(model, rows, folder):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -230,16 +323,9 @@ def trl_dpo(model, rows, folder):
     one = Dataset.from_list([{"prompt": "!", "chosen": "#", "rejected": "$"}])
     trainer = DPOTrainer(model, None, config, train_dataset=one, processing_class=words)
     sides = [*rows[0::2], *rows[1::2]]
-    width = max(len(row.input_ids) for row in sides)
-
-    def padded(values):
-        return torch.stack([torch.nn.functional.pad(torch.as_tensor(v), (0, width - len(v))).long() for v in values])
-
     refs = torch.tensor([float(row.columns[REFERENCE]) for row in sides])
     inputs = {
-        "input_ids": padded([row.input_ids for row in sides]),
-        "attention_mask": padded([[1] * len(row.input_ids) for row in sides]),
-        "completion_mask": padded([(row.weights > 0).astype("int64") for row in sides]),
+        **trl_inputs(sides),
         "ref_chosen_logps": refs[: len(rows) // 2],
         "ref_rejected_logps": refs[len(rows) // 2 :],
     }

@@ -58,7 +58,13 @@ class Tokenized:
 
 
 def tokenize(
-    examples: Sequence[Example], renderer: Renderer, data: Data, limit: int, *, pieces: bool = False
+    examples: Sequence[Example],
+    renderer: Renderer,
+    data: Data,
+    limit: int,
+    *,
+    pieces: bool = False,
+    strangers: bool = False,
 ) -> Tokenized:
     """Render every example; none of the results is longer than `limit` tokens. Raises InputError.
 
@@ -66,7 +72,8 @@ def tokenize(
     oldest exchanges of a conversation, then the start of the longest question (or plain prompt), as little as is
     needed; the last answer is never cut, and a row whose answer alone is too long is refused. A text row keeps its
     first `limit` tokens. A row without any supervised token is an error. A preference row gives two sequences, its
-    prompt and each of the answers. With `pieces` a text over the limit is as many sequences as it takes instead.
+    prompt and each of the answers. With `pieces` a text over the limit is as many sequences as it takes instead;
+    with `strangers` a preference has a third one, its prompt with the next row's chosen answer, cut to the limit.
     """
     found: list[TokenizedExample] = []
     dropped: list[Source] = []
@@ -93,6 +100,8 @@ def tokenize(
     if not found:
         raise InputError(f"every row is longer than {limit} tokens, so none is left to train on; raise max_seq_len")
     together = 2 if examples[0].kind == "preference" else 1
+    if strangers:
+        found, together = _with_strangers(found, limit), together + 1
     return Tokenized(found, tuple(dropped), tuple(truncated), lost_answers, together)
 
 
@@ -131,6 +140,18 @@ def _continued(example: Example, answer: tuple[Message, ...], renderer: Renderer
             "sequence; end chosen and rejected after their first turn"
         )
     return found[0]
+
+
+def _with_strangers(found: list[TokenizedExample], limit: int) -> list[TokenizedExample]:
+    """Chosen, rejected, ... -> chosen, rejected, stranger, ...: the prompt with the next row's chosen answer."""
+    triples: list[TokenizedExample] = []
+    for i in range(0, len(found), 2):
+        chosen, rejected, other = found[i], found[i + 1], found[(i + 2) % len(found)]
+        asked, said = (int(np.flatnonzero(each.weights)[0]) for each in (chosen, other))
+        ids = np.concatenate((chosen.input_ids[:asked], other.input_ids[said:]))[:limit]
+        weights = np.concatenate((chosen.weights[:asked], other.weights[said:]))[:limit]
+        triples += [chosen, rejected, TokenizedExample(chosen.example_id, ids, weights)]
+    return triples
 
 
 def _pieces(ids: Sequence[int], weights: Sequence[float], limit: int) -> list[Rendered]:

@@ -24,7 +24,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.recipe import Train
 from tunesmith.train.forward import Body, run_prefix, run_tree
 from tunesmith.train.lanes import side_by_side
-from tunesmith.train.losses import Loss, LossOutput
+from tunesmith.train.losses import Loss, LossOutput, SumLoss, Surveyed
 from tunesmith.train.optim import adamw, grad_norm, load_state_tensors, lr_at, scale_grads, set_lr, state_tensors
 from tunesmith.tree.attention import PrefixCache
 from tunesmith.tree.layout import TokenTree
@@ -158,6 +158,10 @@ def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
 
 def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
     """The step's loss and metrics as sums; with `backward` the gradient of loss / weight is added to the parameters."""
+    if isinstance(loss, Surveyed):
+        with torch.no_grad():
+            _, found = accumulate(body, step, loss.survey, backward=False)
+        loss = loss.given(_means(found, step))
     total, metrics = 0.0, dict[str, float]()
     results = [each for group in step.groups for each in _run_group(body, step, group, loss, backward)]
     for value, extra in results:
@@ -168,7 +172,7 @@ def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> 
 
 
 def _run_group(
-    body: Body, step: Step, group: Group, loss: Loss, backward: bool
+    body: Body, step: Step, group: Group, loss: SumLoss, backward: bool
 ) -> list[tuple[float, Mapping[str, float]]]:
     cache = None if group.prefix is None else run_prefix(body, group.prefix)
     chosen = [pair for pair in zip(group.trees, group.examples, strict=True) if len(pair[0].rows)]
@@ -197,7 +201,7 @@ class _MicroBatch:
     step: Step
     tree: TokenTree
     chosen: tuple[int, ...]
-    loss: Loss
+    loss: SumLoss
     leaves: PrefixCache | None
     gradients: tuple[Tensor | None, ...] = ()
 

@@ -26,7 +26,21 @@ class LossOutput:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-Loss = Callable[[Batch], LossOutput]
+SumLoss = Callable[[Batch], LossOutput]
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A loss that depends on something of the whole step, by the weights as they are, which no gradient goes through.
+
+    `survey` sums it up in its metrics; `given` makes the loss from their means.
+    """
+
+    survey: SumLoss
+    given: Callable[[Mapping[str, float]], SumLoss]
+
+
+Loss = SumLoss | Surveyed
 
 
 def sft(batch: Batch) -> LossOutput:
@@ -37,7 +51,7 @@ def sft(batch: Batch) -> LossOutput:
     return LossOutput(total, {"token_accuracy": float((batch.weights * correct).sum())})
 
 
-def dpo(beta: float) -> Loss:
+def dpo(beta: float) -> SumLoss:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
 
     -log sigmoid(reward(chosen) - reward(rejected)), with reward(y) = beta * (log p(y | x) - log p_reference(y | x)).
@@ -52,7 +66,7 @@ def dpo(beta: float) -> Loss:
     return loss
 
 
-def orpo(beta: float) -> Loss:
+def orpo(beta: float) -> SumLoss:
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691, equations 4 to 7); needs no reference.
 
     -log p(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected)), with odds(y) = p(y) / (1 - p(y)) and
@@ -70,6 +84,36 @@ def orpo(beta: float) -> Loss:
     return loss
 
 
+def kto(beta: float) -> Surveyed:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306, equations 7 and 8), both weights 1.
+
+    1 - sigmoid(reward(chosen) - z) and 1 - sigmoid(z - reward(rejected)), rewards as for DPO. z = beta * max(0, KL) is
+    how far the model has moved anyway: the step's mean log-ratio of answers that belong to other prompts, the third
+    sequence of each example.
+    """
+
+    def rewards(batch: Batch) -> Tensor:
+        logprobs = batch.sum_by_sequence(batch.scores.logprobs())
+        return beta * (logprobs - batch.column(REFERENCE)).view(-1, 3)
+
+    def survey(batch: Batch) -> LossOutput:
+        moved = rewards(batch)[:, 2].sum()
+        return LossOutput(moved, {"moved": float(moved)})
+
+    def given(means: Mapping[str, float]) -> SumLoss:
+        z = max(0.0, means["moved"])
+
+        def loss(batch: Batch) -> LossOutput:
+            chosen, rejected, _ = rewards(batch).unbind(1)
+            total = (2 - torch.sigmoid(chosen - z) - torch.sigmoid(z - rejected)).sum() / 2
+            accuracy = _chosen_accuracy(batch, together=3)
+            return LossOutput(total, {**_preferred(chosen, rejected), "token_accuracy": accuracy})
+
+        return loss
+
+    return Surveyed(survey, given)
+
+
 def pairs(by_sequence: Tensor) -> tuple[Tensor, Tensor]:
     """[sequences] -> the chosen ones' values and the rejected ones', [pairs] both."""
     chosen, rejected = by_sequence.view(-1, 2).unbind(1)
@@ -82,8 +126,8 @@ def _preferred(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     return {"reward_margin": float(margin.sum()), "reward_accuracy": float((margin > 0).sum())}
 
 
-def _chosen_accuracy(batch: Batch) -> float:
-    """The share of a chosen answer's tokens that were the likeliest, summed over the pairs."""
+def _chosen_accuracy(batch: Batch, together: int = 2) -> float:
+    """The share of a chosen answer's tokens that were the likeliest, summed over the examples."""
     correct = batch.scores.correct
     assert correct is not None
-    return float(pairs(batch.mean_by_sequence(correct.float()))[0].sum())
+    return float(batch.mean_by_sequence(correct.float())[::together].sum())

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.recipe import Objective
 from tunesmith.train.annotate import Annotate, reference
-from tunesmith.train.losses import Loss, dpo, orpo, sft
+from tunesmith.train.losses import Loss, dpo, kto, orpo, sft
 
 PREFERENCE_LR = 0.1  # times the rate for learning answers: a preference moves a model that can answer already
 
@@ -20,15 +20,17 @@ PREFERENCE_LR = 0.1  # times the rate for learning answers: a preference moves a
 class Method:
     """One objective.
 
-    rows      the kinds of Example it learns from
-    pieces    texts longer than the limit are cut into several examples
-    annotate  computes the columns that the loss reads, before the first step
-    lr_times  what `train.lr: auto` is multiplied by
+    rows       the kinds of Example it learns from
+    pieces     texts longer than the limit are cut into several examples
+    strangers  a pair comes with a third sequence, its prompt with another prompt's answer
+    annotate   computes the columns that the loss reads, before the first step
+    lr_times   what `train.lr: auto` is multiplied by
     """
 
     loss: Loss
     rows: tuple[str, ...]
     pieces: bool = False
+    strangers: bool = False
     annotate: Annotate | None = None
     lr_times: float = 1.0
 
@@ -43,6 +45,9 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "cpt": lambda _: Method(sft, ("text",), pieces=True),
     "dpo": lambda keys: Method(dpo(keys.beta), ("preference",), annotate=reference, lr_times=PREFERENCE_LR),
     "orpo": lambda keys: Method(orpo(keys.beta), ("preference",)),
+    "kto": lambda keys: Method(
+        kto(keys.beta), ("preference",), strangers=True, annotate=reference, lr_times=PREFERENCE_LR
+    ),
 }
 
 

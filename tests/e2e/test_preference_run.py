@@ -95,11 +95,12 @@ def test_the_reference_of_a_tune_that_goes_on_is_the_earlier_tune(folder: Path, 
     assert next(row["loss"] for row in read_metrics(run)) == pytest.approx(math.log(2), abs=1e-3)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_every_weight_can_learn_preferences(folder: Path, objective: str) -> None:
     run = tunesmith.train(recipe(folder, objective, "adapter=null", "train.lr=1e-3"), folder / f"full-{objective}")
     steps = [row for row in read_metrics(run) if "loss" in row]
     assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(row["examples"] == 4 for row in steps)
     assert run.tuned() == run.model
 
 
