@@ -16,8 +16,9 @@ from tunesmith.data.checks import gate
 from tunesmith.data.fix import write_fixed
 from tunesmith.data.look import show_rows
 from tunesmith.data.report import DataReport
+from tunesmith.data.rules.suspicion import loss_outlier
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.fitting import TUNED, fit, make_trainable, plan_run
+from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
 from tunesmith.home import home
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import load_base
@@ -82,9 +83,12 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     if not planned.fits:
         raise RefusedError(planned.refusal(), gate="plan")
     score = held_out_scorer(ready, trainable.lora, trainable.adapter)
+    surprises = [*loss_outlier(*base_losses(ready, trainable))]
+    for note in surprises:
+        reporter.say(f"{note.rule}: {note.reason}; {note.remedy}")
     run = create_run(place, resume=resume)
-    write_json(run.data_report, report.to_json())
-    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, score=score)
+    write_json(run.data_report, report.with_notes(surprises).to_json())
+    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, score=None if score is None else score.mean)
     return run
 
 
