@@ -7,6 +7,7 @@ nothing of the engine and `proof` nothing of the loop: they meet here.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tunesmith.data.fix import write_fixed
 from tunesmith.data.look import show_rows
 from tunesmith.data.report import DataReport
 from tunesmith.data.rules.suspicion import loss_outlier
+from tunesmith.data_need import measure_need
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
 from tunesmith.home import home
@@ -32,6 +34,7 @@ from tunesmith.proof import earlier, held_out_scorer, prove_run
 from tunesmith.prove.card import write_card
 from tunesmith.prove.compare import Comparison, compare_reports
 from tunesmith.prove.compare_page import render_comparison
+from tunesmith.prove.need import refuse_picture, write_picture
 from tunesmith.prove.page import write_page
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
@@ -60,11 +63,27 @@ def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: R
     return report
 
 
-def plan(recipe: Recipe, *, reporter: Reporter | None = None) -> Plan:
-    """What the run will take, from its rows and a few seconds of measuring on this machine."""
+def plan(
+    recipe: Recipe, *, data_need: bool = False, picture: Path | None = None, reporter: Reporter | None = None
+) -> Plan:
+    """What the run will take, from its rows and a few seconds of measuring on this machine.
+
+    `data_need` trains on growing shares of the rows and says how much more data would help; `picture` gets that as
+    .svg or .png. Raises InputError where that can't be measured.
+    """
     reporter = reporter or Reporter()
+    if picture is not None:
+        refuse_picture(picture)
     ready, _ = _prepare(recipe, reporter)
-    return plan_run(ready, make_trainable(ready, reporter))
+    trainable = make_trainable(ready, reporter)
+    planned = plan_run(ready, trainable)
+    if not data_need or not planned.fits:
+        return planned
+    reporter.say(planned.sentence())
+    need = measure_need(ready, trainable, reporter)
+    if picture is not None:
+        write_picture(need, picture)
+    return replace(planned, need=need)
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, reporter: Reporter | None = None) -> Run:
