@@ -19,6 +19,7 @@ FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"cli"},
     {"pipeline", "conversation"},
+    {"data_need"},
     {"fitting", "proof", "parity"},
     {"planning", "lineage"},
     {"preparation"},

@@ -70,11 +70,24 @@ def check(
 
 
 @app.command()
-def plan(recipe: RecipePath, set_: Sets = None, as_json: Json = False) -> None:
+def plan(
+    recipe: RecipePath,
+    data_need: Annotated[
+        bool, typer.Option("--data-need", help="Train on growing shares: would more rows help, and how much?")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="With --data-need: draw it as .svg or .png.")
+    ] = None,
+    set_: Sets = None,
+    as_json: Json = False,
+) -> None:
     """What it will take: tokens, time, peak memory, and whether it fits."""
     from tunesmith import pipeline
 
-    plan = pipeline.plan(_recipe(recipe, set_), reporter=_reporter(as_json))
+    if picture is not None and not data_need:
+        raise InputError("--picture draws what --data-need measures; give both")
+    loaded = _recipe(recipe, set_)
+    plan = pipeline.plan(loaded, data_need=data_need, picture=picture, reporter=_reporter(as_json))
     _print(plan.to_json(), as_json, plan.render)
     if not plan.fits:
         raise typer.Exit(3)

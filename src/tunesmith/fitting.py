@@ -34,11 +34,13 @@ from tunesmith.train.forward import Body
 from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, evaluate, train
 from tunesmith.train.methods import Method, method_of
 from tunesmith.train.rate import choose_lr
+from tunesmith.train.row_losses import row_losses
 from tunesmith.tree.body import prepare as prepare_attention
-from tunesmith.types import TokenizedExample
+from tunesmith.types import Example, TokenizedExample
 
 TUNED = "tuned"  # the adapter's name in memory
 EVAL_ROWS = 48  # held-out rows scored during training
+LOSS_TOKENS = 6000  # of training rows that the base is asked about before training: a few seconds
 AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says auto
 
 
@@ -86,7 +88,7 @@ def fit(
     settings = ready.recipe.train
     state = load_newest(run.checkpoints) if resume else None
     _keep_metrics(run, state.progress.step if state else 0)
-    lr = _learning_rate(ready, reporter)
+    lr = learning_rate(ready, reporter)
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
@@ -132,6 +134,16 @@ def step_plan(ready: Prepared, layout: Layout, examples: Sequence[TokenizedExamp
     settings, rows = ready.recipe.train, len(examples) // layout.together
     count = count_steps(rows, settings.batch_examples, settings.epochs, settings.max_steps)
     return StepPlan(examples, settings.batch_examples, count, settings.seed, settings.shuffle, layout)
+
+
+def base_losses(ready: Prepared, trainable: Trainable) -> tuple[list[Example], list[float]]:
+    """A sample of the training rows, evenly chosen, and what the answer of each costs before anything is learned."""
+    examples = ready.train.examples
+    count = min(len(examples), max(1, LOSS_TOKENS * len(examples) // ready.train.tokens))
+    sample = [examples[i * len(examples) // count] for i in range(count)]
+    rows = {example.id: example for example in ready.split.train}
+    losses = row_losses(trainable.body, sample, trainable.layout)
+    return [rows[example.example_id] for example in sample], losses.tolist()
 
 
 def show_first(ready: Prepared, reporter: Reporter) -> None:
@@ -215,7 +227,8 @@ def _save_model(ready: Prepared, folder: Path) -> None:
     ready.base.tokenizer.save_pretrained(folder)
 
 
-def _learning_rate(ready: Prepared, reporter: Reporter) -> float:
+def learning_rate(ready: Prepared, reporter: Reporter) -> float:
+    """The recipe's peak rate; where it says auto, one chosen by the model's width, and why is said."""
     asked = ready.recipe.train.lr
     if asked != "auto":
         return asked

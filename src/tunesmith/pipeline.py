@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from tunesmith.data.checks import gate
 from tunesmith.data.fix import write_fixed
 from tunesmith.data.look import show_rows
 from tunesmith.data.report import DataReport
+from tunesmith.data.rules.suspicion import loss_outlier
+from tunesmith.data_need import measure_need
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.fitting import TUNED, fit, make_trainable, plan_run
+from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
 from tunesmith.home import home
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import load_base
@@ -34,6 +37,7 @@ from tunesmith.proof import earlier, held_out_scorer, prove_run
 from tunesmith.prove.card import write_card
 from tunesmith.prove.compare import Comparison, compare_reports
 from tunesmith.prove.compare_page import render_comparison
+from tunesmith.prove.need import refuse_picture, write_picture
 from tunesmith.prove.page import write_page
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
@@ -72,11 +76,27 @@ def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: R
     return report
 
 
-def plan(recipe: Recipe, *, reporter: Reporter | None = None) -> Plan:
-    """What the run will take, from its rows and a few seconds of measuring on this machine."""
+def plan(
+    recipe: Recipe, *, data_need: bool = False, picture: Path | None = None, reporter: Reporter | None = None
+) -> Plan:
+    """What the run will take, from its rows and a few seconds of measuring on this machine.
+
+    `data_need` trains on growing shares of the rows and says how much more data would help; `picture` gets that as
+    .svg or .png. Raises InputError where that can't be measured.
+    """
     reporter = reporter or Reporter()
+    if picture is not None:
+        refuse_picture(picture)
     ready, _ = _prepare(recipe, reporter)
-    return plan_run(ready, make_trainable(ready, reporter))
+    trainable = make_trainable(ready, reporter)
+    planned = plan_run(ready, trainable)
+    if not data_need or not planned.fits:
+        return planned
+    reporter.say(planned.sentence())
+    need = measure_need(ready, trainable, reporter)
+    if picture is not None:
+        write_picture(need, picture)
+    return replace(planned, need=need)
 
 
 def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, reporter: Reporter | None = None) -> Run:
@@ -95,10 +115,14 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     if not planned.fits:
         raise RefusedError(planned.refusal(), gate="plan")
     score = held_out_scorer(ready, trainable.lora, trainable.adapter)
+    surprises = [*loss_outlier(*base_losses(ready, trainable))]
+    for note in surprises:
+        reporter.say(f"{note.rule}: {note.reason}; {note.remedy}")
     run = create_run(place, resume=resume)
-    write_json(run.data_report, report.to_json())
+    write_json(run.data_report, report.with_notes(surprises).to_json())
     accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run, reporter.say)
-    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=score)
+    mean = None if score is None else score.mean
+    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
     return run
 
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tunesmith.prove.need import Need
 from tunesmith.store.runs import Run, read_metrics, write_json
 from tunesmith.train.estimate import Estimate
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An estimate of training, for a person and for plan.json."""
+    """An estimate of training, for a person and for plan.json. `need`: how much data, where that was measured."""
 
     estimate: Estimate
+    need: Need | None = None
 
     @property
     def fits(self) -> bool:
@@ -22,7 +24,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The contract's plan.json, before the run."""
-        return {"predicted": asdict(self.estimate), "fits": self.fits}
+        facts = {"predicted": asdict(self.estimate), "fits": self.fits}
+        return facts if self.need is None else {**facts, "data_need": self.need.to_json()}
 
     def sentence(self) -> str:
         """`plan: 60 steps, 78,000 tokens (61,000 computed), about 5 min, 2.1 GB`."""
@@ -43,7 +46,8 @@ class Plan:
 
     def render(self) -> str:
         """For the terminal."""
-        return self.sentence() + ("" if self.fits else f"\nit does not fit: {self.refusal()}")
+        said = [self.sentence()] if self.fits else [self.sentence(), f"it does not fit: {self.refusal()}"]
+        return "\n".join([*said, *(self.need.sentences() if self.need is not None else ())])
 
 
 def record_actual(run: Run, plan: Plan) -> None:

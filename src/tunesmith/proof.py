@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from tunesmith.prove.contenders import TUNED, earlier_names, no_contender
 from tunesmith.prove.proving import Options, Voices, answer_budget, prove_items
 from tunesmith.prove.report import Report
 from tunesmith.prove.sample import sample_items, score_sample
+from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.scoring import choose_scorers, needs_model
 from tunesmith.prove.task import detect_task
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Located, Run, locate, read_json, read_metrics
 from tunesmith.train.estimate import memory_limit
+from tunesmith.types import Example, Item
 
 SAMPLE = 24  # held-out rows that are answered at an evaluation during training
 SAMPLE_MEMORY = 256 << 20  # bytes of their keys and values
@@ -45,22 +49,46 @@ def prove_run(run: Run, reporter: Reporter) -> Report:
     return prove_items(rows.held_out, rows.train, recipe, voices, run.folder, options, reporter)
 
 
-def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Callable[[], float] | None:
-    """The main scorer's mean over a few held-out rows, answered by the weights in memory as they are when asked.
+@dataclass(frozen=True)
+class SampleScorer:
+    """The main scorer on a few held-out rows, answered by the weights in memory as they are when asked."""
 
-    None where there is nothing to score: no held-out rows with an answer, a scorer that needs another model, or a run
-    that does not evaluate on its way. Raises InputError for a scorer that there isn't.
+    name: str
+    sample: Sequence[Item]
+    max_tokens: int
+    scorer: Scorer
+    lora: LoraModel
+    weights: Weights
+
+    def scores(self) -> list[float]:
+        """Each row's score."""
+        training = self.lora.model.training
+        self.lora.model.eval()
+        try:
+            return score_sample(self.weights, self.sample, self.scorer, max_tokens=self.max_tokens)
+        finally:
+            self.lora.model.train(training)
+            self.lora.use(self.weights.adapter)
+
+    def mean(self) -> float:
+        return statistics.fmean(self.scores())
+
+
+def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> SampleScorer | None:
+    """What is asked at every evaluation of a run. None where nothing can be scored, or the run never evaluates.
+
+    Raises InputError for a scorer that there isn't.
     """
-    recipe, base = ready.recipe, ready.base
-    held_out, train = (
-        [item for item in items(rows) if (item.expected or "").strip()]
-        for rows in (ready.split.held_out, ready.split.train)
-    )
-    if not held_out or needs_model(recipe.prove.scorers):
+    scorer = _main_scorer(ready)
+    if scorer is None or ready.recipe.train.eval_every == 0:
         return None
-    task = detect_task([*train, *held_out], _schema(recipe))
-    scorer = choose_scorers(recipe.prove.scorers, task)[0]
-    if recipe.train.eval_every == 0:
+    return sample_scorer(ready, lora, adapter, SAMPLE)
+
+
+def sample_scorer(ready: Prepared, lora: LoraModel, adapter: str | None, rows: int) -> SampleScorer | None:
+    """The main scorer on `rows` of the held-out rows, evenly chosen; None where nothing can be scored."""
+    scorer, base = _main_scorer(ready), ready.base
+    if scorer is None:
         return None
     engine = Engine.over(
         lora,
@@ -70,18 +98,22 @@ def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Ca
         name=base.name,
         memory_limit=SAMPLE_MEMORY,
     )
-    sample, max_tokens = sample_items(held_out, SAMPLE), answer_budget(recipe, train, ready.renderer)
+    budget = answer_budget(ready.recipe, _with_answer(ready.split.train), ready.renderer)
+    sample = sample_items(_with_answer(ready.split.held_out), rows)
+    return SampleScorer(scorer.name, sample, budget, scorer, lora, Weights(engine, adapter))
 
-    def score() -> float:
-        training = lora.model.training
-        lora.model.eval()
-        try:
-            return score_sample(Weights(engine, adapter), sample, scorer, max_tokens=max_tokens).mean
-        finally:
-            lora.model.train(training)
-            lora.use(adapter)
 
-    return score
+def _main_scorer(ready: Prepared) -> Scorer | None:
+    """None without a held-out row that has an answer, and for a scorer that needs another model."""
+    recipe, held_out = ready.recipe, _with_answer(ready.split.held_out)
+    if not held_out or needs_model(recipe.prove.scorers):
+        return None
+    task = detect_task([*_with_answer(ready.split.train), *held_out], _schema(recipe))
+    return choose_scorers(recipe.prove.scorers, task)[0]
+
+
+def _with_answer(examples: Sequence[Example]) -> list[Item]:
+    return [item for item in items(examples) if (item.expected or "").strip()]
 
 
 def earlier(recipe: Recipe) -> dict[str, Located]:

@@ -102,17 +102,24 @@ def test_private_data_is_masked_where_rows_are_shown(tmp_path, renderer):
     assert masked_pieces(["a b@", "c.d", "e f"]) == ["a ••", "•••", "• f"]
 
 
+def test_the_report_holds_rows_token_by_token_and_nothing_private(tmp_path, renderer):
+    rows = [chat("Write to jane.doe@example.org", f"the answer {i}") for i in range(30)]
+    report = checked(tmp_path, rows, renderer=renderer)
+    shown = report.to_json()["shapes"]["rows"]
+    assert len(shown) == 6
+    assert len({row["source"] for row in shown}) == 6
+    assert "jane" not in json.dumps(report.to_json())
+    tokens = shown[0]["tokens"]
+    assert "".join(piece for piece, trained in tokens if trained) == "the answer 0<|im_end|>"
+    assert shown[0]["of"] == len(tokens)
+
+
 def test_pictures_are_vega_lite_that_renders(tmp_path):
     import vl_convert
 
     report = checked(tmp_path, varied(100, lambda i: ["yes", "no"][i % 2]) + varied(9, lambda i: "no"))
-    found = pictures(report)
-    assert list(found) == [
-        "Length of the inputs",
-        "Length of the answers",
-        "Labels",
-        "Largest clusters of near-duplicates",
-    ]
+    found = pictures(report.shapes)
+    assert list(found) == ["Length of the inputs", "Length of the answers", "Labels"]
     rows = found["Length of the inputs"]["data"]["values"]
     assert sum(row["rows"] for row in rows) == 109
     for spec in found.values():

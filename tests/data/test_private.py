@@ -47,3 +47,7 @@ def test_checksums():
 
 def test_quotes_are_short_and_on_one_line():
     assert quote("a\nb " * 100, 10) == '"a b a b a…"'
+
+
+def test_no_control_character_reaches_the_terminal():
+    assert quote("red\x1b[31m\x00 \u202eleft") == '"red [31m left"'

@@ -11,6 +11,7 @@ from conftest import CHATML, byte_tokenizer
 from tunesmith.chat.renderer import Renderer
 from tunesmith.data.checks import gate
 from tunesmith.data.private import mask
+from tunesmith.data.rules.suspicion import loss_outlier
 from tunesmith.errors import InputError
 from tunesmith.recipe import Data
 
@@ -196,7 +197,7 @@ def test_stop_not_supervised(tmp_path, renderer):
         """A renderer that forgets the stop token."""
 
         stop_ids = renderer.stop_ids
-        prompt_ids, decode = renderer.prompt_ids, renderer.decode
+        prompt_ids, decode, pieces = renderer.prompt_ids, renderer.decode, renderer.pieces
 
         def chat_example(self, messages, tools, train_on):
             return [(ids[:-1], weights[:-1]) for ids, weights in renderer.chat_example(messages, tools, train_on)]
@@ -404,12 +405,15 @@ def test_length_outlier(tmp_path):
 
 
 def test_loss_outlier(tmp_path):
-    rows = planted([])
-    losses = {row.id: 1.0 + i % 7 / 10 for i, row in enumerate(examples_of(tmp_path, rows))}
-    odd = examples_of(tmp_path, rows)[17].id
-    report = checked(tmp_path, rows, losses={**losses, odd: 9.0})
+    rows = examples_of(tmp_path, planted([]))
+    losses = [9.0 if i == 17 else 1.0 + i % 7 / 10 for i in range(len(rows))]
+    report = checked(tmp_path, planted([])).with_notes(loss_outlier(rows, losses))
     assert lines_of(report, "loss-outlier") == {18}
     assert "loss 9.00" in found(report, "loss-outlier")[0].reason
+    severities = [finding.severity for finding in report.findings]
+    assert severities == sorted(severities, key=["block", "warn", "info"].index)
+    assert not [*loss_outlier(rows, [1.0] * len(rows))]
+    assert not [*loss_outlier([], [])]
 
 
 # --- safety -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tunesmith.prove.card import render_card, write_card
+from tunesmith.prove.data_section import data_section
 from tunesmith.prove.differences import marked
 from tunesmith.prove.page import render_page, write_page
 from tunesmith.prove.pictures import Rung, curve, ladder
@@ -217,3 +218,42 @@ def test_the_card_holds_the_evidence(run):
     assert "<script>" not in body
     assert "**Verdict: ship.**" in body
     assert "license" not in yaml.safe_load(render_card(report, "x", {}).split("---\n")[1])
+
+
+def hostile_data_report():
+    """A data report as the gate writes it, with hostile text wherever text from the data may stand."""
+    lengths = [
+        {"side": side, "from": 10 * i, "to": 10 * i + 10, "rows": i} for side in ("train", "held out") for i in (0, 1)
+    ]
+    labels = [{"label": text[:40], "side": "train", "rows": 3 + i} for i, text in enumerate(HOSTILE)]
+    clusters = [
+        {"rows": 30, "distinct": 2, "answers": 1, "input": text, "lines": [f"{text} line 3"]} for text in HOSTILE
+    ]
+    rows = [{"source": HOSTILE[0], "tokens": [[HOSTILE[1], 0], [HOSTILE[3], 1]], "of": 900}]
+    shapes = {"input_lengths": lengths, "answer_lengths": lengths, "labels": labels, "clusters": clusters, "rows": rows}
+    counts = {"train": 1200, "held_out": 60, "distinct_inputs": 1000, "near_duplicate_clusters": 900}
+    return {"blocked": False, "counts": counts, "findings": [], "shapes": shapes}
+
+
+def test_the_data_is_shown_and_nothing_of_it_becomes_markup(run):
+    write_json(run.data_report, hostile_data_report())
+    page = render_page(run, make_report())
+    parsed = Tags(page)
+    assert parsed.open == []
+    assert (parsed.tags.count("script"), parsed.tags.count("style")) == (1, 1)
+    assert "img" not in parsed.tags
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    assert "url(" not in page
+    for words in ("1,200 rows trained on", "Length of the inputs", "Labels", "and 29 more", "and 898 more tokens"):
+        assert words in page
+    assert page.count('class="vega"') == 3
+    assert '<mark class="trained">&lt;/style&gt;' in page
+    assert page == render_page(run, make_report())
+
+
+def test_of_many_labels_the_most_frequent_are_drawn():
+    labels = [{"label": f"label {i}", "side": "train", "rows": 100 - i} for i in range(150)]
+    section = data_section({"shapes": {"labels": labels}})
+    assert section["labels_left_out"] == 130
+    assert "label 19" in section["pictures"]["Labels"]
+    assert "label 20" not in section["pictures"]["Labels"]

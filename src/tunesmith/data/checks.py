@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunesmith.data.formats import read_examples, read_held_out, silent
+from tunesmith.data.look import token_rows
 from tunesmith.data.material import Material, Note
 from tunesmith.data.private import quote
 from tunesmith.data.report import DataReport, make_report
@@ -41,7 +42,6 @@ RULES: tuple[Callable[[Material], Iterator[Note]], ...] = (
     contradiction.near_contradiction,
     suspicion.likely_wrong_label,
     suspicion.length_outlier,
-    suspicion.loss_outlier,
     safety.private_data,
     safety.injected_instructions,
     safety.control_tokens,
@@ -60,7 +60,6 @@ def gate(
     renderer: Renderer | None = None,
     *,
     limit: int | None = None,
-    losses: Mapping[str, float] | None = None,
     say: Callable[[str], None] = silent,
 ) -> DataReport:
     """Read a recipe's rows, split and check them; rows that can't be read become findings. Raises InputError."""
@@ -69,7 +68,7 @@ def gate(
     given = read_held_out(data, faults=faults, say=say)
     held_out = data.held_out if given is None else given
     assert not isinstance(held_out, str), "a held-out file has been read"
-    return check(split(examples, held_out, data.group_by), data, renderer, limit=limit, faults=faults, losses=losses)
+    return check(split(examples, held_out, data.group_by), data, renderer, limit=limit, faults=faults)
 
 
 def check(
@@ -80,7 +79,6 @@ def check(
     limit: int | None = None,
     faults: Iterable[Finding] = (),
     few_shot: Sequence[Example] = (),
-    losses: Mapping[str, float] | None = None,
 ) -> DataReport:
     """Hold the rows against every rule. Raises InputError only where `data.schema` is at fault.
 
@@ -88,9 +86,8 @@ def check(
     limit     the longest row allowed, in tokens
     faults    what `read_examples(data, faults=…)` met on its way
     few_shot  the examples that prompts will show, if chosen already
-    losses    the base's own mean loss on an example's answer, by example id, if measured
     """
-    material = _material(rows, data, renderer, limit, few_shot, losses)
+    material = _material(rows, data, renderer, limit, few_shot)
     notes = [note for rule in RULES for note in rule(material)] if material.rows else []
     return make_report(rows, data, faults, notes, _counts(material), _shapes(material))
 
@@ -101,7 +98,6 @@ def _material(
     renderer: Renderer | None,
     limit: int | None,
     few_shot: Sequence[Example],
-    losses: Mapping[str, float] | None,
 ) -> Material:
     """Each source once: copies that a file's weight made are no duplicates."""
     train = {row.source: i for i, row in reversed([*enumerate(rows.train)])}
@@ -116,7 +112,6 @@ def _material(
         renderer,
         limit,
         few_shot,
-        losses,
     )
 
 
@@ -139,7 +134,14 @@ def _shapes(material: Material) -> dict[str, Any]:
         "answer_lengths": _histogram([len(text) for text in material.answers], len(material.train)),
         "labels": _label_bars(material),
         "clusters": _largest_clusters(material),
+        "rows": _tokens(material),
     }
+
+
+def _tokens(material: Material) -> list[dict[str, Any]]:
+    """Rows as the model will see them, where there is a renderer to say."""
+    rows = [row for row in material.train if row.kind != "preference"]
+    return [] if material.renderer is None else token_rows(rows, material.renderer, material.data.train_on)
 
 
 def _histogram(sizes: list[int], train: int) -> list[dict[str, Any]]:

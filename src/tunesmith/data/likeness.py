@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +44,20 @@ def uniform(text: str) -> float:
 def likeness(examples: Sequence[Example]) -> Likeness:
     """Compare the inputs of all examples with one another, standing instructions included."""
     numbers: dict[bytes, int] = {}
-    texts: list[str] = []
     keys: list[float] = []
     same = np.empty(len(examples), np.int64)
-    for i, example in enumerate(examples):
-        text, before = normalise(input_text(example)), preamble(example)
-        if before:
-            text = f"{normalise(before)}\n{text}"
-        digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-        same[i] = numbers.setdefault(digest, len(texts))
-        if same[i] == len(texts):
-            texts.append(text)
-            keys.append(uniform(text))
-    near = cluster_texts(texts)
-    return Likeness(same, near[same] if len(same) else same, np.array(keys)[same] if len(same) else np.zeros(0))
+
+    def distinct_texts() -> Iterator[str]:
+        """Each different input once, never all of them at a time; fills in `same` and `keys` on its way."""
+        for i, example in enumerate(examples):
+            text, before = normalise(input_text(example)), preamble(example)
+            if before:
+                text = f"{normalise(before)}\n{text}"
+            digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+            same[i] = numbers.setdefault(digest, len(keys))
+            if same[i] == len(keys):
+                keys.append(uniform(text))
+                yield text
+
+    near = cluster_texts(distinct_texts())
+    return Likeness(same, near[same], np.array(keys)[same]) if len(same) else Likeness(same, same, np.zeros(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -10,13 +10,14 @@ from rich.text import Text
 
 from tunesmith.chat.display import coloured
 from tunesmith.data.private import mask
-from tunesmith.data.report import DataReport
-from tunesmith.data.tokenize import Rendered, render
+from tunesmith.data.tokenize import render
+from tunesmith.errors import InputError
 from tunesmith.types import Example
 
 if TYPE_CHECKING:
     from tunesmith.chat.renderer import Renderer, TrainOn
 
+ROWS_SHOWN, TOKENS_SHOWN = 6, 600
 SIDES = {"domain": ["train", "held out"], "range": ["#4c78a8", "#f58518"]}
 
 
@@ -24,16 +25,31 @@ def show_rows(examples: Sequence[Example], renderer: Renderer, n: int, train_on:
     """The first `n` rows token by token, coloured by what is trained; private data is masked. Raises InputError."""
     parts: list[Text] = []
     for example in examples[:n]:
-        for rendered in render(example, renderer, train_on):
-            parts.extend(_shown(example, rendered, renderer))
+        for pieces, weights in _masked(example, renderer, train_on):
+            trained = sum(weight > 0 for weight in weights)
+            parts.append(Text(f"{example.source}: {len(pieces):,} tokens, {trained:,} trained", style="bold"))
+            parts += [coloured(pieces, weights), Text()]
     return Group(*parts)
 
 
-def _shown(example: Example, rendered: Rendered, renderer: Renderer) -> list[Text]:
-    ids, weights = rendered
-    trained = sum(weight > 0 for weight in weights)
-    head = Text(f"{example.source}: {len(ids):,} tokens, {trained:,} trained", style="bold")
-    return [head, coloured(masked_pieces(renderer.pieces(list(ids))), list(weights)), Text()]
+def token_rows(examples: Sequence[Example], renderer: Renderer, train_on: TrainOn) -> list[dict[str, Any]]:
+    """A few rows, evenly chosen, for the report's page: `tokens` are (piece of text, 1 where it is trained)."""
+    count = min(ROWS_SHOWN, len(examples))
+    shown: list[dict[str, Any]] = []
+    for example in (examples[i * len(examples) // count] for i in range(count)):
+        try:
+            masked = _masked(example, renderer, train_on)
+        except InputError:  # another rule says why
+            continue
+        for pieces, weights in masked:
+            tokens = [[piece, int(weight > 0)] for piece, weight in zip(pieces, weights, strict=True)]
+            shown.append({"source": str(example.source), "tokens": tokens[:TOKENS_SHOWN], "of": len(tokens)})
+    return shown
+
+
+def _masked(example: Example, renderer: Renderer, train_on: TrainOn) -> list[tuple[list[str], list[float]]]:
+    rendered = render(example, renderer, train_on)
+    return [(masked_pieces(renderer.pieces(list(ids))), list(weights)) for ids, weights in rendered]
 
 
 def masked_pieces(pieces: Sequence[str]) -> list[str]:
@@ -46,22 +62,19 @@ def masked_pieces(pieces: Sequence[str]) -> list[str]:
     return masked
 
 
-def pictures(report: DataReport) -> dict[str, dict[str, Any]]:
-    """Vega-Lite specifications by title, for the report's page; only those there is something to show in."""
-    shapes = report.shapes
+def pictures(shapes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Vega-Lite specifications by title, of a report's `shapes`; only those there is something to show in."""
     found: dict[str, dict[str, Any]] = {}
     for key, title in (("input_lengths", "Length of the inputs"), ("answer_lengths", "Length of the answers")):
         if shapes.get(key):
             found[title] = _histogram(shapes[key])
     if shapes.get("labels"):
         found["Labels"] = _label_bars(shapes["labels"])
-    if shapes.get("clusters"):
-        found["Largest clusters of near-duplicates"] = _cluster_bars(shapes["clusters"])
     return found
 
 
 def _histogram(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return _spec(
+    bars = _spec(
         rows,
         {"type": "bar", "opacity": 0.7},
         {
@@ -72,6 +85,7 @@ def _histogram(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "tooltip": [{"field": name} for name in ("side", "from", "to", "rows")],
         },
     )
+    return {**bars, "height": 150}
 
 
 def _label_bars(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,18 +97,6 @@ def _label_bars(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "x": {"field": "rows", "type": "quantitative", "title": "rows"},
             "color": {"field": "side", "scale": SIDES, "title": None},
             "tooltip": [{"field": name} for name in ("label", "side", "rows")],
-        },
-    )
-
-
-def _cluster_bars(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return _spec(
-        [{**row, "lines": ", ".join(row["lines"])} for row in rows],
-        {"type": "bar", "color": SIDES["range"][0]},
-        {
-            "y": {"field": "input", "type": "nominal", "sort": "-x", "title": None, "axis": {"labelLimit": 280}},
-            "x": {"field": "rows", "type": "quantitative", "title": "rows"},
-            "tooltip": [{"field": name} for name in ("input", "rows", "distinct", "answers", "lines")],
         },
     )
 

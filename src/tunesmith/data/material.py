@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +33,6 @@ class Material:
     """The rows of both sides, each source once, and whatever else a rule may need.
 
     `same` and `near` number equal and nearly equal inputs over `rows` = train + held_out. [rows]
-    `losses` is the base's own mean loss on an example, by id, where someone has measured it.
     """
 
     train: Sequence[Example]
@@ -44,7 +43,6 @@ class Material:
     renderer: Renderer | None = None
     limit: int | None = None
     few_shot: Sequence[Example] = ()
-    losses: Mapping[str, float] | None = None
 
     @cached_property
     def rows(self) -> list[Example]:

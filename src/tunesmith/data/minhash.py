@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 import numpy as np
@@ -68,14 +68,14 @@ class ShingleSets:
         return hashes, self._weights[_place(hashes)], owner
 
 
-def cluster_texts(texts: Sequence[str]) -> Labels:
+def cluster_texts(texts: Iterable[str]) -> Labels:
     """A cluster number for each text; near-duplicates (and their near-duplicates) share one. [texts]"""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    count = len(texts)
-    labels = np.arange(count, dtype=np.int64)
     sets = shingle_sets(texts)
+    count = sets.count
+    labels = np.arange(count, dtype=np.int64)
     for left, right in candidate_pairs(signatures(sets), labels):
         near = similarity(sets, left, right) >= SIMILAR
         if near.any():
@@ -128,17 +128,19 @@ def split_words(text: str) -> list[str]:
 
 def signatures(sets: ShingleSets) -> npt.NDArray[np.uint32]:
     """MinHash signatures; all zero for a text without any element that counts. [texts, BINS]"""
-    smallest = np.full((sets.count, BINS), np.inf, np.float32)
+    codes = np.empty((sets.count, BINS), np.uint32)
     for first in range(0, sets.count, BATCH):
         last = min(first + BATCH, sets.count)
+        smallest = np.full((last - first, BINS), np.inf, np.float32)
         hashes, weights, owner = sets.of(np.arange(first, last))
         counts = weights > 0
         mixed = _mix(hashes[counts])
         uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         value = (-np.log(uniform) / weights[counts]).astype(np.float32)
-        place = (first + owner[counts]) * BINS + (mixed & np.uint64(BINS - 1)).astype(np.int64)
+        place = owner[counts] * BINS + (mixed & np.uint64(BINS - 1)).astype(np.int64)
         np.minimum.at(smallest.reshape(-1), place, value)
-    return _fill_empty_bins(smallest)
+        codes[first:last] = _fill_empty_bins(smallest)
+    return codes
 
 
 def _mix(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
+from tunesmith.data import wording
+
 MASK = "•"
 SECRET_PLUGINS = (
     ("aws", "AWSKeyDetector"),
@@ -71,7 +73,7 @@ def mask(text: str) -> str:
 
 def quote(text: str, length: int = 60) -> str:
     """A text as a report may print it: masked, on one line, shortened."""
-    flat = " ".join(mask(text[: 100 * length]).split())
+    flat = " ".join(wording.printable(mask(text[: 100 * length])).split())
     return f'"{flat if len(flat) <= length else flat[: length - 1] + "…"}"'
 
 

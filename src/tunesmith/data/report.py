@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Group
@@ -29,7 +29,7 @@ class DataReport:
 
     split      the rows on both sides
     counts     rows, distinct inputs, clusters, labels
-    shapes     what `look.pictures` draws: length histograms, label counts, the largest clusters
+    shapes     for the page: length histograms and label counts, the largest clusters, a few rows token by token
     removable  rows that a cleaned copy leaves out, each with the rule that says so
     """
 
@@ -53,6 +53,10 @@ class DataReport:
             "findings": [asdict(finding) for finding in self.findings],
             "shapes": self.shapes,
         }
+
+    def with_notes(self, notes: Iterable[Note]) -> DataReport:
+        """The report with what was found later."""
+        return replace(self, findings=_worst_first([*self.findings, *(f for note in notes for f in by_file(note))]))
 
     def summary(self) -> str:
         """`blocked by split-leak; 3 warnings`."""
@@ -104,10 +108,13 @@ def make_report(
         findings.extend(by_file(note))
         for source in note.remove:
             removable.setdefault(source, note.rule)
-    severities = [*STYLES]
-    findings.sort(key=lambda finding: severities.index(finding.severity))
     train_files = tuple(file.path for file in data.train_files)
-    return DataReport(findings, rows, train_files, counts, shapes, removable)
+    return DataReport(_worst_first(findings), rows, train_files, counts, shapes, removable)
+
+
+def _worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    severities = [*STYLES]
+    return sorted(findings, key=lambda finding: severities.index(finding.severity))
 
 
 def merge(faults: Iterable[Finding]) -> list[Finding]:

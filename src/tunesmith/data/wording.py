@@ -9,6 +9,11 @@ from tunesmith.types import Source
 LINES_NAMED = 8
 
 
+def printable(text: str) -> str:
+    """Text without the control characters that a terminal would obey and an SVG cannot hold."""
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 def count(number: int, noun: str) -> str:
     """`1 row`, `1,200 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith.prove import pictures
+from tunesmith.prove.data_section import data_section
 from tunesmith.prove.differences import marked
 from tunesmith.prove.measures import Result, by_contender
 from tunesmith.prove.report import Report
@@ -58,7 +59,7 @@ def render_page(run: Run, report: Report) -> str:
         slices=_slices(report),
         **_items(report),
         retention_examples=_retention_examples(report),
-        findings=_optional(run.data_report).get("findings", []),
+        data=data_section(_optional(run.data_report)),
         lineage=_flat(_optional(run.lineage)),
         recipe=run.recipe.read_text("utf-8") if run.recipe.is_file() else "",
     )

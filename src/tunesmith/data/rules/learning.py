@@ -160,7 +160,7 @@ def label_counts(material: Material) -> Iterator[Note]:
     if single:
         sources = material.with_labels(single)
         names = ", ".join(map(quote, single[:5]))
-        reason = f"{len(single)} labels have one example only: {names}"
+        reason = f"{wording.count(len(single), 'label')} with one example only: {names}"
         yield Note("label-with-one-example", "warn", reason, "add examples, or merge the label with another", sources)
     (often, most), (seldom, fewest) = counts.most_common(1)[0], counts.most_common()[-1]
     if most >= IMBALANCE * fewest:

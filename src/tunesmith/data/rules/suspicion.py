@@ -16,6 +16,7 @@ from tunesmith.data.likeness import uniform
 from tunesmith.data.material import Material, Note
 from tunesmith.data.minhash import split_words
 from tunesmith.data.private import quote
+from tunesmith.types import Example
 
 FOLDS = 5
 FEWEST_ROWS, FEWEST_OF_A_LABEL = 100, 5
@@ -109,21 +110,17 @@ def length_outlier(material: Material) -> Iterator[Note]:
             )
 
 
-def loss_outlier(material: Material) -> Iterator[Note]:
-    """Answers that surprise the base far more than all others do, where its losses were measured."""
-    if material.losses is None:
-        return
-    measured = [n for n, row in enumerate(material.rows) if row.id in material.losses]
-    losses = [material.losses[material.rows[n].id] for n in measured]
-    high = [i for i in _outliers(losses) if losses[i] > statistics.median(losses)]
+def loss_outlier(rows: Sequence[Example], losses: Sequence[float]) -> Iterator[Note]:
+    """Answers that surprise the base far more than all others do, by its mean loss on each row's answer."""
+    usual = statistics.median(losses) if losses else 0.0
+    high = [n for n in _outliers(losses) if losses[n] > usual]
     if high:
-        worst = max(high, key=lambda i: losses[i])
+        worst = max(high, key=lambda n: losses[n])
         reason = (
-            f"{wording.rows(high)} whose answer the base finds far less likely than the others', most of all line "
-            f"{material.rows[measured[worst]].source.line} (loss {losses[worst]:.2f}, usually "
-            f"{statistics.median(losses):.2f})"
+            f"{wording.rows(high)} of {len(rows):,} looked at whose answer the base finds far less likely than the "
+            f"others', most of all line {rows[worst].source.line} (loss {losses[worst]:.2f}, usually {usual:.2f})"
         )
-        sources = material.sources([measured[i] for i in high])
+        sources = [rows[n].source for n in high]
         yield Note("loss-outlier", "warn", reason, "look whether these answers are garbled or misplaced", sources)
 
 
