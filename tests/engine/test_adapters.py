@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import CONTEXT, LetterRenderer, build, engine_over, greedy, tiny_engine
 
+from tunesmith.engine import body
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import Request
 from tunesmith.errors import InputError
@@ -158,3 +159,50 @@ def test_the_renderer_and_length_are_at_hand() -> None:
     engine = tiny_engine()
     assert engine.context_length == CONTEXT
     assert isinstance(engine.renderer, LetterRenderer)
+
+
+@pytest.fixture
+def merging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is put into the weights as soon as it has a step to itself."""
+    monkeypatch.setattr(body, "MERGE_AFTER", 1)
+
+
+def test_an_adapter_in_the_weights_answers_as_before_and_leaves_the_others_alone(merging: None) -> None:
+    engine = engine_over(carrying(), packed=True)
+    tables = engine._core.adapters._tables
+    for name in ("b", "a", "c"):
+        engine.generate([Request(prompt_ids=[9, 8], adapter=name, max_tokens=2)])
+        assert tables.merged == name
+        for asked in (name, None, "d"):
+            answers = engine.generate([Request(prompt_ids=p, adapter=asked, max_tokens=6) for p in PROMPTS])
+            assert [a.ids for a in answers] == [greedy(merged(asked), p, 6)[0] for p in PROMPTS]
+    mixed = [Request(prompt_ids=PROMPTS[3], adapter=n, max_tokens=6, logprobs=True) for n in ("d", None, "a", "d")]
+    for request, answer in zip(mixed, engine.generate(mixed), strict=True):
+        ids, logprobs = greedy(merged(request.adapter), PROMPTS[3], 6)
+        assert answer.ids == ids
+        assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("merge_after", [1, 1 << 30])
+def test_another_adapter_of_the_same_name_or_place_is_never_answered_by_the_old_one(
+    merge_after: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "MERGE_AFTER", merge_after)
+    lora = wrap(build("llama"))
+    engine = engine_over(lora, packed=True)
+    engine._live = False
+    said = {}
+    for name in ("one", "two"):
+        engine.add_adapter("x", folders[name])
+        said[name] = engine.generate([Request(prompt_ids=PROMPTS[2], adapter="x", max_tokens=6)])[0].ids
+        engine.remove_adapter("x")
+    assert said["one"] != said["two"]
+    engine.add_adapter("y", folders["one"])  # where x was; x is put elsewhere, and asked for in the same way
+    engine.add_adapter("x", folders["two"])
+    assert engine.generate([Request(prompt_ids=PROMPTS[2], adapter="x", max_tokens=6)])[0].ids == said["two"]
+
+
+def test_where_memory_is_short_no_second_copy_of_the_weights_is_made(merging: None) -> None:
+    packed = body.PackedBody(build("llama"), merge_limit=10_000)
+    packed._merge_where_it_pays("a", 10_000)
+    assert packed.tables.merged is None

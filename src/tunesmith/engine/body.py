@@ -26,6 +26,7 @@ from tunesmith.tree.heads import Head
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
 TRIED = 5  # tokens on which the bodies are compared
+MERGE_AFTER = 2048  # rows that one adapter must have had to itself before it is put into the weights
 
 
 class Body(Protocol):
@@ -98,15 +99,20 @@ class PackedLayer:
 
 
 class PackedBody:
-    """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards."""
+    """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `merge_limit` is the memory, in bytes, that a copy of the weights with one adapter in them may take.
+    """
+
+    def __init__(self, model: PreTrainedModel, merge_limit: int = 0) -> None:
         base: Any = model.base_model
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
         head_dim = base.layers[0].self_attn.head_dim
         self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]
         self.tables = AdapterTables([each for layer in self._layers for each in layer.projections])
-        self._last: tuple[tuple[tuple[Segment, ...], int], Mix] = (((), 0), Mix.of((), 0, {}))
+        self._merges = self.tables.merged_bytes <= merge_limit
+        self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
+        self._last: tuple[Any, Mix] = (None, Mix.of((), 0, {}))  # what the latest mix was made from, and it
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
@@ -115,17 +121,29 @@ class PackedBody:
         cos, sin = self._rotary(x[None], position_ids[None])
         half = cos.shape[-1] // 2  # the second half repeats the first
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
-        mix = self._mix(segments, context.decoding)
+        whole = segments[0][0] if segments and segments[0][1:] == (0, len(input_ids)) else None
+        whole = whole if whole in self.tables.places else None
+        self._merge_where_it_pays(whole, len(input_ids))
+        mix = self._mix(segments, context.decoding, whole)
         for layer in self._layers:
             x = layer(x, cos, sin, context, mix)
         return _norm(x, self._norm)
 
-    def _mix(self, segments: tuple[Segment, ...], decoding: int) -> Mix:
+    def _merge_where_it_pays(self, whole: str | None, rows: int) -> None:
+        """An adapter that keeps the engine to itself gets weights of its own; making them costs some hundred rows."""
+        name, before = self._alone
+        self._alone = (whole, before + rows if whole == name else rows)
+        if whole is not None and self._merges and self._alone[1] >= MERGE_AFTER and self.tables.merged != whole:
+            self.tables.merge(whole)
+
+    def _mix(self, segments: tuple[Segment, ...], decoding: int, whole: str | None) -> Mix:
         """Decoding rows are taken one by one where there are few to an adapter."""
         runs = sum(start < decoding for _, start, _ in segments)
-        key = (segments, decoding if runs * FEW_ROWS > decoding else 0)
+        singles = decoding if runs * FEW_ROWS > decoding else 0
+        places = tuple(self.tables.places.get(name) for name, _, _ in segments)
+        key = (segments, singles, places, whole)
         if key != self._last[0]:
-            self._last = key, Mix.of(*key, self.tables.places)
+            self._last = key, Mix.of(segments, singles, self.tables.places, whole)
         return self._last[1]
 
 
@@ -141,13 +159,13 @@ class PackedHead:
         return self._head.finish(self._packed(hidden))
 
 
-def packed_body(lora: LoraModel, spec: KvSpec) -> PackedBody | None:
+def packed_body(lora: LoraModel, spec: KvSpec, merge_limit: int = 0) -> PackedBody | None:
     """The fast body where the model is of the kind it computes, proved on a few tokens; None where it is not."""
     model = lora.model
     weight = model.get_input_embeddings().weight
     if model.config.model_type not in PACKABLE or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
-    body = PackedBody(model)
+    body = PackedBody(model, merge_limit)
     with torch.no_grad():
         expected, found = _try(PlainBody(lora), spec), _try(body, spec)
     same = torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

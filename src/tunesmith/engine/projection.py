@@ -6,6 +6,9 @@ rows have one row each on many adapters, where one product an adapter would be n
     low[j]  = A[j] x[j]                  one matrix-vector product an adapter, for all linears that share the input
     y[j]   += sum_r low[j, r] B[j][r]    for all rows at once, ranks of any size: a weighted sum of rows of a table of
                                          all adapters' B (transposed), which is what embedding_bag computes
+
+Where one adapter has been alone for a while, W + s B A is packed as well, and steps that are wholly its own use that:
+exact to rounding, and nothing is left to do for the adapter.
 """
 
 from __future__ import annotations
@@ -43,10 +46,11 @@ class Mix:
     singles: tuple[tuple[str | None, Place], ...]
     table_rows: Tensor  # the singles' table rows, one after the other
     bags: Tensor  # [singles] where each single's begin
+    whole: str | None = None  # the adapter that every row uses, where it is one
     _picks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place]) -> Mix:
+    def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place], whole: str | None = None) -> Mix:
         """`singles`: how many leading rows are to be taken one by one."""
         own: list[tuple[str | None, Place]] = [(None, Place(0, 0))] * singles
         runs = []
@@ -59,7 +63,7 @@ class Mix:
                 runs.append((name, places[name], max(start, singles), stop))
         rows = [place.start + r for _, place in own for r in range(place.rank)]
         starts = torch.tensor([0, *(place.rank for _, place in own)]).cumsum(0)[:-1]
-        return cls(tuple(runs), tuple(own), torch.tensor(rows, dtype=torch.long), starts)
+        return cls(tuple(runs), tuple(own), torch.tensor(rows, dtype=torch.long), starts, whole)
 
     def picks(self, linears: int, index: int) -> Tensor:
         """Where linear `index` of `linears` finds its part of the singles' thin products, which lie adapter by adapter.
@@ -79,7 +83,9 @@ class Projection:
 
     def __init__(self, *linears: Any) -> None:
         bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
-        self._packed = PackedLinear([base.weight for base in bases], [base.bias for base in bases])
+        self._biases = [base.bias for base in bases]
+        self._packed = PackedLinear([base.weight for base in bases], self._biases)
+        self._merged: tuple[str, PackedLinear] | None = None  # with one adapter in the weights
         self._linears: tuple[Any, ...] = linears
         widths = [base.weight.shape[0] for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()
@@ -115,7 +121,29 @@ class Projection:
     def drop(self, name: str) -> None:
         self._downs.pop(name, None)
 
+    @property
+    def bytes(self) -> int:
+        """What its weights take."""
+        return 4 * sum(linear.in_features * linear.out_features for linear in self._linears)
+
+    def merge(self, name: str, place: Place) -> None:
+        """Pack W + s B A of an adapter as well."""
+        down = self._downs.get(name)
+        if down is None:
+            self._merged = (name, self._packed)
+            return
+        weights = []
+        for linear, table, a in zip(self._linears, self._tables, down.split(place.rank), strict=True):
+            base = linear.base.weight if isinstance(linear, LoraLinear) else linear.weight
+            weights.append(torch.addmm(base, table[place.start : place.start + place.rank].t(), a))
+        self._merged = (name, PackedLinear(weights, self._biases))
+
+    def unmerge(self) -> None:
+        self._merged = None
+
     def __call__(self, x: Tensor, mix: Mix) -> Tensor:
+        if self._merged is not None and self._merged[0] == mix.whole:
+            return self._merged[1](x)
         y = self._packed(x)
         for name, place, start, stop in mix.runs:
             down = self._downs.get(name)
@@ -148,6 +176,7 @@ class AdapterTables:
     def __init__(self, projections: Sequence[Projection]) -> None:
         self._projections = projections
         self.places: dict[str, Place] = {}
+        self.merged: str | None = None  # the adapter that the projections have in their weights as well
         self._room = 0
 
     def bytes_for(self, rank: int) -> int:
@@ -156,6 +185,7 @@ class AdapterTables:
 
     def put(self, name: str, lora: LoraModel) -> None:
         """Take over (again) the weights that the model's LoRA layers have under a name."""
+        self._unmerge(name)
         rank = rank_of(lora, name)
         place = self.places.get(name)
         if place is None or place.rank != rank:
@@ -167,9 +197,28 @@ class AdapterTables:
 
     def drop(self, name: str) -> None:
         """Forget an adapter; its place is given to the next that fits."""
+        self._unmerge(name)
         if self.places.pop(name, None) is not None:
             for projection in self._projections:
                 projection.drop(name)
+
+    @property
+    def merged_bytes(self) -> int:
+        """What the weights of one adapter with the base take."""
+        return sum(projection.bytes for projection in self._projections)
+
+    def merge(self, name: str) -> None:
+        """Keep the weights of the base with this adapter in them, and no other's."""
+        for projection in self._projections:
+            projection.unmerge()  # its memory is the next one's
+            projection.merge(name, self.places[name])
+        self.merged = name
+
+    def _unmerge(self, name: str) -> None:
+        if self.merged == name:
+            self.merged = None
+            for projection in self._projections:
+                projection.unmerge()
 
     def _free(self, rank: int) -> int:
         """The first gap of `rank` rows; the tables grow where there is none."""
