@@ -50,7 +50,8 @@ class Conversation:
         for piece in self._stream(prompt, self.adapter):
             pieces.append(piece)
             yield piece
-        self.turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": "".join(pieces)}]
+        self.turns.append({"role": "user", "content": prompt})
+        self.turns.append({"role": "assistant", "content": "".join(pieces)})
 
     def ask_base(self, prompt: str) -> Iterator[str]:
         """Stream what the base alone says to the same, and keep nothing."""

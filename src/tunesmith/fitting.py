@@ -40,7 +40,7 @@ from tunesmith.types import Example, TokenizedExample
 
 TUNED = "tuned"  # the adapter's name in memory
 EVAL_ROWS = 48  # held-out rows scored during training
-LOSS_TOKENS = 6000  # of training rows that the base is asked about before training: a few seconds
+LOSS_TOKENS = 2_000  # of training rows, scored before training: a few seconds
 AUTO_EVALS, AUTO_SAVES = 4, 4  # a run's number of them where the recipe says auto
 
 
@@ -137,7 +137,12 @@ def step_plan(ready: Prepared, layout: Layout, examples: Sequence[TokenizedExamp
 
 
 def base_losses(ready: Prepared, trainable: Trainable) -> tuple[list[Example], list[float]]:
-    """A sample of the training rows, evenly chosen, and what the answer of each costs before anything is learned."""
+    """A sample of the training rows, evenly chosen, and what the answer of each costs before anything is learned.
+
+    None of rows that are several sequences: what they cost says little of either.
+    """
+    if ready.train.together > 1:
+        return [], []
     examples = ready.train.examples
     count = min(len(examples), max(1, LOSS_TOKENS * len(examples) // ready.train.tokens))
     sample = [examples[i * len(examples) // count] for i in range(count)]

@@ -14,6 +14,7 @@ integrated over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,9 +76,9 @@ def fit(rows: Sequence[int], points: Sequence[float], covariance: Floats) -> Pow
     assert y.min() > 0
     assert max(rows) == measured
     draws = np.random.default_rng(0)
-    exponent = np.exp(draws.uniform(*np.log(EXPONENTS), DRAWS))
+    exponent = np.exp(draws.uniform(math.log(EXPONENTS[0]), math.log(EXPONENTS[1]), DRAWS))
     floor = draws.uniform(*FLOORS, DRAWS)
-    noise = np.exp(draws.uniform(*np.log(NOISE), DRAWS))
+    noise = np.exp(draws.uniform(math.log(NOISE[0]), math.log(NOISE[1]), DRAWS))
     # log y = log level + shape + error. In logarithms, because errors are in proportion to y: a common error of 10%
     # is then the same number for every point. [draws, points], and the errors' covariance [draws, points, points]
     shape = np.log(floor[:, None] + (1 - floor[:, None]) * (measured / np.asarray(rows)) ** exponent[:, None])
