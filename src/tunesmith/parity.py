@@ -46,6 +46,7 @@ LIKELY_END = 0.05  # the stop token's probability after a whole answer, in the m
 MEMORY = 256 << 20  # bytes of keys and values
 SERVED = "served"  # the adapter as it was read from disk
 END = "end"
+NOTHING = "no row is short enough to be compared"
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "Write one sentence about rain.")
 
 
@@ -168,7 +169,7 @@ def verify(name: str) -> Parity:
 
 def sample_rows(ready: Prepared) -> list[Row]:
     """A few held-out rows spread over all (training rows where nothing is held out), the trainer's side still open."""
-    rendered = (_rendered(ready.renderer, each) for each in ready.split.held_out or ready.split.train)
+    rendered = (_rendered(ready.renderer, each, ready.limit) for each in ready.split.held_out or ready.split.train)
     rows = [row for row in rendered if len(row.prompt_ids) + len(row.answer_ids) <= ready.limit]
     count = min(ROWS, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
@@ -244,6 +245,8 @@ def _effect(
         if served.base.weights_hash == lineage["base_weights_hash"]:
             return Check("effect", False, "the weights are those of the base: training changed nothing")
         return Check("effect", True, "the weights are not those of the base")
+    if not found:
+        return Check("effect", None, NOTHING)
     change = _largest_difference(found, bare)
     if change < EFFECT:
         return Check("effect", False, "the adapter changes nothing that is said: its weights are zero or not applied")
@@ -255,6 +258,8 @@ def _same_logprobs(
 ) -> Check:
     types = {str(served.base.model.dtype).removeprefix("torch."), *([] if lineage is None else [lineage["dtype"]])}
     tolerance = TOLERANCE if types == {"float32"} else TOLERANCE_HALVED
+    if not rows:
+        return Check("log-probs", None, NOTHING)
     apart = _largest_difference(found, [row.logprobs for row in rows])
     tokens = sum(len(row.answer_ids) for row in rows)
     said = f"trainer and engine are at most {apart:.1g} apart on {tokens} tokens of {len(rows)} answers"
@@ -280,15 +285,15 @@ def _largest_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float
     return float(np.max(differences))  # not a number where one of them is none, which no tolerance allows
 
 
-def _rendered(renderer: Renderer, example: Example) -> Row:
-    """A row's last answer with its prompt, split where the engine would begin to answer."""
+def _rendered(renderer: Renderer, example: Example, limit: int) -> Row:
+    """A row's last answer with its prompt, split where the engine would begin to answer; the start of a long text."""
     where = str(example.source)
     if example.kind == "preference":
         example = replace(example, kind="chat", messages=(*example.messages, *example.chosen))
     ids, _ = render(example, renderer, "last")[-1]
     ids = [int(token) for token in ids]
     if example.kind == "text":
-        return Row(where, ids[:1], ids[1:], ends=False)
+        return Row(where, ids[:1], ids[1:limit], ends=False)
     if example.kind == "completion":
         assert example.prompt is not None
         prompt = renderer.completion_prompt_ids(example.prompt)

@@ -284,8 +284,14 @@ class _Run:
         return TrainState(self.progress, parameters, optimizer, random)
 
     def to_the_end(self, eval_every: int, save_every: int) -> TrainResult:
-        # Denormal numbers are a hundred times slower on a CPU and worth nothing here.
+        # Denormal numbers are a hundred times slower on a CPU and worth nothing here; the caller's may be.
         torch.set_flush_denormal(True)
+        try:
+            return self._train(eval_every, save_every)
+        finally:
+            torch.set_flush_denormal(False)
+
+    def _train(self, eval_every: int, save_every: int) -> TrainResult:
         saved, early = -1, self._patience_ran_out()
         while self.progress.step < len(self.steps) and not early:
             self._one_step(self.steps[self.progress.step])
