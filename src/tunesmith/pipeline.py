@@ -51,6 +51,7 @@ from tunesmith.store.runs import (
     write_json,
     write_text,
 )
+from tunesmith.train.estimate import release_memory
 from tunesmith.train.methods import method_of
 
 
@@ -164,6 +165,7 @@ def run(
     if not method_of(recipe.objective).has_answers:
         reporter.say(_loss_sentence(done))
         return done
+    release_memory()
     return prove(done.folder, reporter=reporter)
 
 
