@@ -63,7 +63,7 @@ def resident_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give what is no longer used back to the system: glibc keeps freed memory, and proving needs room for an engine."""
+    """Give what is no longer used back to the system: glibc keeps it, and the proof needs room for an engine."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
