@@ -13,7 +13,7 @@ from tunesmith.recipe import Adapter, Train
 from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_newest, save_checkpoint
 from tunesmith.train.forward import ModuleBody
-from tunesmith.train.loop import Hooks, train
+from tunesmith.train.loop import Hooks, evaluate, train
 from tunesmith.train.losses import LossOutput, sft
 from tunesmith.tree.body import prepare
 
@@ -159,6 +159,17 @@ def test_patience_stops_a_run_and_the_best_is_saved(tmp_path):
     best = min(evals, key=lambda e: e.held_out_loss)
     assert result.progress.best_step == best.step == result.progress.step - 2
     assert (tmp_path / f"step-{best.step}").exists()
+
+
+def test_evaluation_drops_nothing_out():
+    body, parameters = make_run(dropout=0.5)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.normal_(std=0.3)
+    step = make_step(0, 0.0, ROWS[:4], Layout(1000, share=False))
+    first, second = (evaluate(body, step, sft, 0).held_out_loss for _ in range(2))
+    assert first == second
+    assert body.model.training
 
 
 def test_evaluation_is_the_loss_on_the_held_out_rows():

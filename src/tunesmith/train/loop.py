@@ -151,8 +151,11 @@ def train(
 
 def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
     """The mean loss over the held-out rows' weight, and what it says of itself."""
+    training = body.model.training
+    body.model.eval()  # no dropout
     with torch.no_grad():
         total, metrics = accumulate(body, held_out, loss, backward=False)
+    body.model.train(training)
     return EvalMetrics(step, total / held_out.weight, _means(metrics, held_out))
 
 
