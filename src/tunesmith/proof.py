@@ -79,8 +79,8 @@ def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Sa
 
     Raises InputError for a scorer that there isn't.
     """
-    scorer = _main_scorer(ready)
-    if scorer is None or ready.recipe.train.eval_every == 0:
+    if ready.recipe.train.eval_every == 0:
+        _main_scorer(ready)  # a scorer that there isn't is said before the training, not after
         return None
     return sample_scorer(ready, lora, adapter, SAMPLE)
 

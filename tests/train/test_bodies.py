@@ -118,3 +118,14 @@ def test_packing_takes_what_it_says_and_only_where_there_is_memory():
     for limit, packed in ((3 * fused.packed_bytes - 1, False), (10**12, True)):
         choose_layout(fused, parameters, make_step(0, 1.0, ROWS, Layout(1000)).examples, limit, share=True, pack=True)
         assert (fused.head.products is not None) is packed
+
+
+def test_a_row_longer_than_is_computed_at_a_time_is_not_said_to_be_too_large(monkeypatch):
+    model = make_decoder("llama", torch.float32)
+    lora = adapted(model)
+    parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
+    longest = max(len(row.input_ids) for row in ROWS)
+    monkeypatch.setitem(choose_layout.__globals__, "LARGEST_BUDGET", longest - 1)
+    layout = choose_layout(fused, parameters, ROWS, 10**12, share=True, pack=True)
+    assert layout is not None
+    assert layout.token_budget == longest

@@ -23,7 +23,7 @@ from tunesmith.tree.heads import LOGITS_AT_ONCE
 from tunesmith.tree.layout import build_tree
 from tunesmith.types import TokenizedExample
 
-LARGEST_BUDGET = 2048  # tokens computed at a time; beyond that products get no faster, and memory is for other things
+LARGEST_BUDGET = 2048  # tokens computed at a time, a longer row aside: beyond that products get no faster
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
 PACKED_SHARE = 3  # a third of the memory
@@ -87,9 +87,10 @@ def choose_layout(
     if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
         body.pack()
     longest = _longest(rows, together, share=share)
-    budget = token_budget(body, parameters, rows, limit)
-    if budget < longest:
+    fitting = fitting_tokens(body, parameters, rows, limit)
+    if fitting < longest:
         return None
+    budget = min(fitting, max(LARGEST_BUDGET, longest))
     trained, whole = (sum(p.numel() for p in each) for each in (parameters.values(), body.model.parameters()))
     lanes = 1
     if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
@@ -105,12 +106,11 @@ def _longest(rows: Sequence[TokenizedExample], together: int, *, share: bool) ->
     return max(build_tree(example, share=share).tokens for example in examples)
 
 
-def token_budget(
+def fitting_tokens(
     body: Body, parameters: Mapping[str, nn.Parameter], rows: Sequence[TokenizedExample], limit: int
 ) -> int:
-    """The most tokens a micro-batch may hold under `limit` bytes."""
-    room = limit - _fixed_bytes(body, parameters)
-    return min(LARGEST_BUDGET, room // bytes_per_token(body, rows))
+    """The most tokens that can be computed at a time under `limit` bytes."""
+    return (limit - _fixed_bytes(body, parameters)) // bytes_per_token(body, rows)
 
 
 def bytes_per_token(body: Body, rows: Sequence[TokenizedExample]) -> int:
