@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from tunesmith.data.schema import load_schema
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
 
@@ -104,3 +106,10 @@ def test_hash_follows_what_changes_the_result(tmp_path: Path) -> None:
 def test_printed_back_it_reads_the_same(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, "data: {train: [{path: a.jsonl, weight: 2}, b.jsonl], schema: s.json}"))
     assert Recipe.load(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("what", ["recipe", "schema"])
+def test_a_pipe_is_refused_and_never_waited_for(what, tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe.yaml")
+    with pytest.raises(InputError, match=f"a pipe or a device, not a {what}"):
+        Recipe.load(pipe) if what == "recipe" else load_schema(str(pipe))

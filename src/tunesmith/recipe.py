@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -205,17 +206,26 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+def read_text_file(path: Path, what: str) -> str:
+    """The text of a `what` (recipe, schema) that the user named. Raises InputError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise InputError(f"this is a folder; name a {what} file", file=path)
+        if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+            raise InputError(f"this is a pipe or a device, not a {what}; save it to a file first", file=path)
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError("there is no such recipe; name a YAML file", file=path) from None
-    except IsADirectoryError:
-        raise InputError("this is a folder; name a recipe file", file=path) from None
+        raise InputError(f"there is no such {what}; check the path", file=path) from None
     except UnicodeDecodeError:
-        raise InputError("the recipe is not UTF-8 text; save it as UTF-8", file=path) from None
-    except OSError as error:
-        raise InputError(f"the recipe cannot be read ({error.strerror})", file=path) from None
+        raise InputError(f"the {what} is not UTF-8 text; save it as UTF-8", file=path) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the {what} cannot be read ({reason})", file=path) from None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    text = read_text_file(path, "recipe")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)

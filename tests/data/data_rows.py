@@ -97,7 +97,7 @@ def examples_of(tmp_path: Path, rows: Iterable[Any], **keys: Any) -> list[Exampl
 
 def checked(tmp_path: Path, rows: Iterable[Any], held_out: Iterable[Any] | None = None, **keys: Any) -> DataReport:
     """The gate's report on rows written to rows.jsonl, and held-out rows written to held_out.jsonl."""
-    options = {key: keys.pop(key) for key in ("renderer", "limit", "few_shot") if key in keys}
+    options = {key: keys.pop(key) for key in ("renderer", "limit") if key in keys}
     train = examples_of(tmp_path, rows, **keys)
     data = recipe_data(str(tmp_path / "rows.jsonl"), **keys)
     if held_out is None:

@@ -146,7 +146,7 @@ def test_a_schema_that_is_none_is_an_error(tmp_path, text):
     schema.write_text(text)
     with pytest.raises(InputError, match=r"schema\.json: "):
         checked(tmp_path, planted([], answer=as_json), schema=str(schema))
-    with pytest.raises(InputError, match="no such schema file"):
+    with pytest.raises(InputError, match="no such schema"):
         checked(tmp_path, planted([]), schema=str(tmp_path / "none.json"))
 
 
@@ -303,12 +303,27 @@ def test_group_leak(tmp_path):
     assert report.blocked
 
 
-def test_few_shot_leak(tmp_path):
+def test_few_shot_leak_in_a_system_prompt(tmp_path):
     rows = varied(100)
-    few_shot = examples_of(tmp_path, [rows[85], rows[3]])
-    report = checked(tmp_path, rows[:80], rows[80:], few_shot=few_shot)
-    assert lines_of(report, "few-shot-leak") == {1}
+    shown = "\n".join(f"{rows[i]['input']} -> {rows[i]['output']}" for i in (85, 3))
+    report = checked(tmp_path, rows[:80], rows[80:], system=f"Answer as here:\n{shown}")
+    assert lines_of(report, "few-shot-leak") == {6}
     assert report.blocked
+
+
+def test_few_shot_leak_in_earlier_turns(tmp_path):
+    rows = varied(100)
+    shown = (rows[91]["input"], rows[91]["output"])
+    asked = [chat(*shown, row["input"], row["output"]) for row in rows[:80]]
+    report = checked(tmp_path, asked, rows[80:])
+    assert lines_of(report, "few-shot-leak") == {12}
+
+
+def test_examples_from_training_rows_leak_nothing(tmp_path):
+    rows = varied(100)
+    shown = "\n".join(f"{row['input']} -> {row['output']}" for row in rows[:5])
+    report = checked(tmp_path, rows[:80], rows[80:], system=f"Answer as here:\n{shown}")
+    assert not found(report, "few-shot-leak")
 
 
 def test_duplicates_and_what_a_random_split_would_leak(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from tunesmith.data.report import DataReport, make_report
 from tunesmith.data.rules import contradiction, coverage, form, leakage, learning, safety, suspicion, targets
 from tunesmith.data.split import Split, split
 from tunesmith.recipe import Data
-from tunesmith.types import Example, Finding
+from tunesmith.types import Finding
 
 if TYPE_CHECKING:
     from tunesmith.chat.renderer import Renderer
@@ -78,16 +78,14 @@ def check(
     *,
     limit: int | None = None,
     faults: Iterable[Finding] = (),
-    few_shot: Sequence[Example] = (),
 ) -> DataReport:
     """Hold the rows against every rule. Raises InputError only where `data.schema` is at fault.
 
     renderer  of the base to be trained; without it the rules about rendering are left out
     limit     the longest row allowed, in tokens
     faults    what `read_examples(data, faults=…)` met on its way
-    few_shot  the examples that prompts will show, if chosen already
     """
-    material = _material(rows, data, renderer, limit, few_shot)
+    material = _material(rows, data, renderer, limit)
     notes = [note for rule in RULES for note in rule(material)] if material.rows else []
     return make_report(rows, data, faults, notes, _counts(material), _shapes(material))
 
@@ -97,7 +95,6 @@ def _material(
     data: Data,
     renderer: Renderer | None,
     limit: int | None,
-    few_shot: Sequence[Example],
 ) -> Material:
     """Each source once: copies that a file's weight made are no duplicates."""
     train = {row.source: i for i, row in reversed([*enumerate(rows.train)])}
@@ -111,7 +108,6 @@ def _material(
         data,
         renderer,
         limit,
-        few_shot,
     )
 
 

@@ -42,7 +42,6 @@ class Material:
     data: Data
     renderer: Renderer | None = None
     limit: int | None = None
-    few_shot: Sequence[Example] = ()
 
     @cached_property
     def rows(self) -> list[Example]:

@@ -23,6 +23,13 @@ def preamble(example: Example) -> str:
     return "\n".join(m.get("content") or "" for m in asked_turns(example) if m["role"] in STANDING_ROLES)
 
 
+def front(example: Example) -> str:
+    """What stands before the question: standing instructions and earlier turns."""
+    turns = asked_turns(example)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] not in STANDING_ROLES), default=len(turns))
+    return "\n".join(said(turn) for turn in turns[:last])
+
+
 def input_text(example: Example) -> str:
     """What is asked, without standing instructions. A text row's text; the answer where nothing is asked."""
     if example.kind == "text":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
+from tunesmith.recipe import read_text_file
 
 
 class Schema:
@@ -43,11 +44,8 @@ class Schema:
 
 def load_schema(path: str) -> Schema:
     """Read the schema file of a recipe. Raises InputError."""
+    text = read_text_file(Path(path), "schema")
     try:
-        return Schema(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise InputError("there is no such schema file; check data.schema", file=path) from None
-    except OSError as error:
-        raise InputError(f"the schema cannot be read ({error.strerror})", file=path) from None
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8 and schema errors alike
+        return Schema(json.loads(text))
+    except (ValueError, RecursionError) as error:  # JSON and schema errors alike
         raise InputError(f"this is not a JSON Schema: {error}", file=path) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Literal
 
@@ -12,8 +12,11 @@ from tunesmith.data import wording
 from tunesmith.data.likeness import normalise
 from tunesmith.data.material import Material, Note
 from tunesmith.data.minhash import Labels
+from tunesmith.data.parts import front
 from tunesmith.data.private import quote
 
+MOST_FRONTS = 20  # the commonest; where every row has its own there are no examples for all
+SHORTEST_SHOWN = 8  # characters of an input; less is found in any prompt by chance
 NEAR_REMEDY = "remove them from the training file (--fix does), or let tunesmith hold rows out itself"
 
 
@@ -111,12 +114,21 @@ def group_leak(material: Material) -> Iterator[Note]:
 
 
 def few_shot_leak(material: Material) -> Iterator[Note]:
-    """Few-shot examples that are held-out rows."""
-    held_out = {row.id for row in material.held_out}
-    sources = [row.source for row in material.few_shot if row.id in held_out]
-    if sources:
-        reason = f"{wording.rows(sources)} of the few-shot examples are held out"
-        yield Note("few-shot-leak", "block", reason, "draw few-shot examples from the training rows", sources)
+    """Held-out rows among the worked examples that many rows carry, in a system prompt or as earlier turns."""
+    common = Counter(front(row) for row in material.rows).most_common(MOST_FRONTS)
+    fronts = [text for text, count in common if count > 1 and text]
+    first = len(material.train)
+    pairs = zip(material.inputs[first:], material.answers[first:], strict=True)
+    leaked = [
+        number
+        for number, (asked, answer) in enumerate(pairs, start=first)
+        if answer and len(asked) >= SHORTEST_SHOWN and any(asked in text and answer in text for text in fronts)
+    ]
+    if leaked:
+        sources = material.sources(leaked)
+        stand = "stands" if len(leaked) == 1 else "stand"
+        reason = f"{wording.rows(sources)} held out {stand} with the answer among the examples in front of other rows"
+        yield Note("few-shot-leak", "block", reason, "take worked examples from the training rows", sources)
 
 
 def random_split_leak(clusters: Labels, fraction: float) -> float:
