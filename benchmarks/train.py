@@ -6,8 +6,9 @@ defaults made to run on a CPU (float32, no checkpointing, 4 rows at a time) and 
 so not in the same order); its packing needs a flash-attention GPU kernel: elsewhere packed rows see each other.
 
     tokens/s   every row counted in full         computed/s   what tunesmith's model really runs
-    of peak    computed/s times the FLOPs a computed token can't do without in the body (4 per weight of a linear),
-               over the best float32 product this machine gives; attention, adapters and the head count as overhead
+    of peak    the operations that a step's products can't do without (train_runs.needed_flops), a second, over those of
+               the best float32 product this machine gives; norms, activations and the interpreter count as overhead
+    body       the same of the frozen linears alone; attention, adapters and the head count as overhead too
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from train_sets import SETS
 
 HERE, OUT = Path(__file__).parent, Path(__file__).parent / "out"
 LINEAR_WEIGHTS = 30 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536)  # SmolLM2-135M's
+LONGEST_LOOK, LOOK_STEPS = "short rows", 20  # where the losses are followed furthest
 KINDS = ("tunesmith", "trl", "trl-grouped")
 
 
@@ -43,6 +45,10 @@ class Pair:
 
     @property
     def of_peak(self) -> float:
+        return self.runs["tunesmith"]["flops_per_second"] / (self.peak_gflops * 1e9)
+
+    @property
+    def body_of_peak(self) -> float:
         return self.runs["tunesmith"]["computed_per_second"] * 4 * LINEAR_WEIGHTS / (self.peak_gflops * 1e9)
 
     @property
@@ -77,13 +83,15 @@ def run_pair(name: str, adapter: Path, steps: int, trl_steps: int) -> Pair:
 
 def table(pairs: list[Pair]) -> str:
     lines = [
-        "| set | tokens/s | computed/s | of peak | TRL | TRL grouped | against TRL | against grouped | memory | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| set | tokens/s | computed/s | of peak | body | TRL | TRL grouped | against TRL | against grouped | memory "
+        "| loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for pair in pairs:
         mine, trl, grouped = (pair.runs[kind] for kind in KINDS)
         lines.append(
-            f"| {pair.name} | {mine['tokens_per_second']:.0f} | {mine['computed_per_second']:.0f} | {pair.of_peak:.0%} "
+            f"| {pair.name} | {mine['tokens_per_second']:.0f} | {mine['computed_per_second']:.0f} "
+            f"| {pair.of_peak:.0%} | {pair.body_of_peak:.0%} "
             f"| {trl['tokens_per_second']:.0f} | {grouped['tokens_per_second']:.0f} "
             f"| {pair.ratio('trl'):.1f}x | {pair.ratio('trl-grouped'):.1f}x "
             f"| {mine['peak_bytes'] / 1e9:.1f} of {trl['peak_bytes'] / 1e9:.1f} GB, {pair.memory:.0%} "
@@ -126,12 +134,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "start"
         run("adapter", "", adapter, 0)
-        pairs = [
-            run_pair(name, adapter, max(steps, 5), steps)
-            for _ in range(chosen.pairs)
-            for name in (chosen.set or list(SETS))
-        ]
-    text = "\n\n".join([machine(), table(pairs), losses(pairs[0])])
+        pairs = []
+        for name in [*(chosen.set or SETS)] * chosen.pairs:
+            trl_steps = max(steps, LOOK_STEPS) if name == LONGEST_LOOK else steps
+            pairs.append(run_pair(name, adapter, max(trl_steps, 5), trl_steps))
+    longest = max(pairs, key=lambda pair: len(pair.runs["trl"]["losses"]))
+    text = "\n\n".join([machine(), table(pairs), losses(longest)])
     OUT.mkdir(exist_ok=True)
     (OUT / "train.md").write_text(text + "\n")
     print(text)

@@ -12,24 +12,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from train_sets import Row, make_rows
+from train_sets import VOCABULARIES, Row, make_rows
+from transformers import PreTrainedModel
 
-from tunesmith.models.loading import load_base
+from tunesmith.data.batches import Step
+from tunesmith.models.loading import LoadedBase, load_base
+from tunesmith.models.lora import linears
 
 BASE = "smollm2-135m-instruct"
 BATCH, LR = 16, 2e-4
 TRL_ROWS_AT_ONCE = 4  # 16 at once need more than 24 GB
 
 
-def report(losses: list[float], seconds: list[float], tokens: list[int], computed: list[int]) -> dict:
+def report(
+    losses: list[float], seconds: list[float], tokens: list[int], computed: list[int], flops: list[int] | None = None
+) -> dict:
     """The first step warms up and is left out where there are others."""
     first = 1 if len(seconds) > 1 else 0
     return {
         "losses": losses,
         "tokens_per_second": sum(tokens[first:]) / sum(seconds[first:]),
         "computed_per_second": sum(computed[first:]) / sum(seconds[first:]),
+        "flops_per_second": sum((flops or [])[first:]) / sum(seconds[first:]),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def load(name: str) -> LoadedBase:
+    """The base; for some sets with a larger vocabulary, its new rows random."""
+    base = load_base(BASE)
+    if name in VOCABULARIES:
+        torch.manual_seed(0)
+        base.model.resize_token_embeddings(VOCABULARIES[name], mean_resizing=False)
+        base.model.requires_grad_(False)
+    return base
 
 
 def make_adapter(folder: Path) -> None:
@@ -43,7 +59,25 @@ def make_adapter(folder: Path) -> None:
     save_adapter(lora, "start", folder, section, BASE)
 
 
-def run_tunesmith(rows: list[Row], adapter: Path, steps: int) -> dict:
+def needed_flops(model: PreTrainedModel, adapter_weights: int, step: Step) -> int:
+    """What a step's products can't do without, two to a multiplication.
+
+    The frozen linears and the head forward and back to their input; attention's two products forward and five back for
+    every pair of tokens where one sees the other; the adapter's product forward and its two back.
+    """
+    config = model.config
+    body = sum(linear.weight.numel() for linear in linears(model).values())
+    head = config.vocab_size * config.hidden_size
+    scored = seen = 0
+    for group in step.groups:
+        for tree in (*group.trees, *([] if group.prefix is None else [group.prefix])):
+            scored += len(np.unique(tree.rows))
+            seen += int((tree.position_ids + 1).sum())  # a token sees all above it
+    attention = 2 * 7 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return step.computed_tokens * (4 * body + 6 * adapter_weights) + scored * 4 * head + seen * attention
+
+
+def run_tunesmith(name: str, rows: list[Row], adapter: Path, steps: int) -> dict:
     from tunesmith.data.batches import StepPlan
     from tunesmith.models.lora import wrap
     from tunesmith.models.peft_format import load_adapter
@@ -55,7 +89,7 @@ def run_tunesmith(rows: list[Row], adapter: Path, steps: int) -> dict:
     from tunesmith.tree.body import prepare
     from tunesmith.types import TokenizedExample
 
-    model = load_base(BASE).model
+    model = load(name).model
     lora = wrap(model)
     load_adapter(lora, "tuned", adapter)
     lora.use("tuned")
@@ -76,16 +110,17 @@ def run_tunesmith(rows: list[Row], adapter: Path, steps: int) -> dict:
         [m.seconds for m in seen],
         [m.tokens for m in seen],
         [m.computed_tokens for m in seen],
+        [needed_flops(model, sum(p.numel() for p in parameters.values()), plan[i]) for i in range(steps)],
     )
 
 
-def run_trl(rows: list[Row], adapter: Path, steps: int, *, grouped: bool) -> dict:
+def run_trl(name: str, rows: list[Row], adapter: Path, steps: int, *, grouped: bool) -> dict:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    base = load_base(BASE)
+    base = load(name)
     model = PeftModel.from_pretrained(base.model, adapter, is_trainable=True)
     rows_as_columns = {"input_ids": [ids for ids, _ in rows], "completion_mask": [[int(s) for s in m] for _, m in rows]}
     arguments = SFTConfig(
@@ -158,9 +193,9 @@ def main() -> None:
     else:
         rows = make_rows(name, load_base(BASE).tokenizer)
         runs = {
-            "tunesmith": lambda: run_tunesmith(rows, adapter, steps),
-            "trl": lambda: run_trl(rows, adapter, steps, grouped=False),
-            "trl-grouped": lambda: run_trl(rows, adapter, steps, grouped=True),
+            "tunesmith": lambda: run_tunesmith(name, rows, adapter, steps),
+            "trl": lambda: run_trl(name, rows, adapter, steps, grouped=False),
+            "trl-grouped": lambda: run_trl(name, rows, adapter, steps, grouped=True),
         }
         result = runs[kind]()
     print(json.dumps(result), file=real)

@@ -25,6 +25,14 @@ def shared(tokens: Iterator[int], random: np.random.Generator, *, prompt: int, u
     return rows
 
 
+def short(tokens: Iterator[int], random: np.random.Generator) -> list[Row]:
+    """30 to 60 tokens, the second half of each supervised: many steps in little time."""
+    return [
+        (take(tokens, n), [False] * (n - n // 2) + [True] * (n // 2))
+        for n in random.integers(30, 61, 2 * ROWS).tolist()
+    ]
+
+
 def mixed(tokens: Iterator[int], random: np.random.Generator) -> list[Row]:
     """Lengths lognormal from 30 to 600, nothing shared, the second half of each supervised."""
     lengths = np.clip(random.lognormal(np.log(130), 0.8, ROWS), 30, 600).astype(int)
@@ -48,7 +56,10 @@ SETS: dict[str, Callable[[Iterator[int], np.random.Generator], list[Row]]] = {
     "shared 450+80": lambda tokens, random: shared(tokens, random, prompt=450, user=50, answer=30),
     "mixed lengths": mixed,
     "chains of 4": chains,
+    "short rows": short,
+    "shared 300+100, 262,144 tokens": lambda tokens, random: shared(tokens, random, prompt=300, user=60, answer=40),
 }
+VOCABULARIES = {"shared 300+100, 262,144 tokens": 262_144}  # of a base made larger for the set
 
 
 def make_rows(name: str, tokenizer: PreTrainedTokenizerBase) -> list[Row]:

@@ -59,7 +59,7 @@ def test_lanes_run_at_the_same_time_in_order_and_give_the_threads_back():
         return i, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
-        results = side_by_side([lambda i=i: job(i) for i in range(4)], 2)
+        results = list(side_by_side([lambda i=i: job(i) for i in range(4)], 2))
     assert results == [(i, max(1, before // 2), False) for i in range(4)]
     assert torch.get_num_threads() == before
 
@@ -69,7 +69,7 @@ def test_what_a_lane_raises_is_raised():
         raise ZeroDivisionError("in a lane")
 
     with pytest.raises(ZeroDivisionError, match="in a lane"):
-        side_by_side([bad, lambda: 1], 2)
+        list(side_by_side([bad, lambda: 1], 2))
 
 
 @pytest.mark.parametrize("prompt", [70, 3])

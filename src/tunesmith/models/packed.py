@@ -5,12 +5,16 @@ They are copies: the weight must not change afterwards.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 PACKED_FOR = 64  # rows the layout is chosen for; it serves any number
+MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
 
 
 class PackedLinear:
@@ -41,3 +45,17 @@ class PackedPair:
 
 def can_pack(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def page_out(weight: Tensor) -> None:
+    """Ask the system to take back the memory of a weight that will hardly be read: its values stay what they are.
+
+    A base's weights are mapped from their file, so that their pages cost nothing to drop and little to read again.
+    """
+    if sys.platform != "linux":
+        return
+    begin, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        # A hint: where it is refused nothing is lost.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.lora import LoraLinear, LoraWeights
-from tunesmith.models.packed import PackedPair, can_pack
+from tunesmith.models.packed import PackedPair, can_pack, page_out
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class Stack:
         self._packed: PackedPair | None = None
 
     def pack(self) -> None:
-        """Lay the weights out for fast products, where they can be: a second and a third copy of them."""
+        """Lay the weights out for fast products, where they can be: two copies that stand in for the weights."""
         weights = [member.weight for member in self.members]
         if all(can_pack(weight) for weight in weights):
             self._packed = PackedPair(weights)
+            for weight in weights:
+                page_out(weight)
 
     def down(self) -> Tensor:
         """Every member's A as it is now, [rank, in]."""

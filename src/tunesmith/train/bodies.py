@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.models.fused import FusedDecoder, fuse
 from tunesmith.models.lora import LoraModel
-from tunesmith.models.packed import PackedPair, can_pack
+from tunesmith.models.packed import PackedPair, can_pack, page_out
 from tunesmith.train.forward import Body, ModuleBody
 from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
 from tunesmith.tree.body import run_body
@@ -95,6 +95,7 @@ class FusedBody:
         self.decoder.pack()
         if can_pack(self.head.weight) and not self.head.weight.requires_grad:
             self.head = replace(self.head, products=PackedPair([self.head.weight.detach()]))
+            page_out(self.head.weight)
 
     @property
     def packed_bytes(self) -> int:

@@ -7,7 +7,8 @@ interpreter's lock in every operation. Results come back in their order, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -15,12 +16,17 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+M_ARENA_MAX = -8  # malloc.h
 
 
-def side_by_side(jobs: Sequence[Callable[[], T]], lanes: int) -> list[T]:
-    """The jobs' results in order; at most `lanes` run at a time. Raises what the first failing job raised."""
+def side_by_side(jobs: Sequence[Callable[[], T]], lanes: int) -> Iterator[T]:
+    """The jobs' results in order, each as soon as it is there; at most `lanes` jobs run at a time.
+
+    Raises what the first failing job raised.
+    """
     if lanes == 1 or len(jobs) == 1:
-        return [job() for job in jobs]
+        yield from (job() for job in jobs)
+        return
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
     def run(job: Callable[[], T]) -> T:
@@ -29,12 +35,15 @@ def side_by_side(jobs: Sequence[Callable[[], T]], lanes: int) -> list[T]:
             return job()
 
     try:
-        return list(_pool(lanes).map(run, jobs))
+        yield from _pool(lanes).map(run, jobs)
     finally:
         torch.set_num_threads(threads)
 
 
 @cache
 def _pool(lanes: int) -> ThreadPoolExecutor:
+    # glibc gives every thread memory of its own, and what one has freed the others can't have: hundreds of megabytes.
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
     # Denormal numbers are a hundred times slower on a CPU; how they are treated is a thread's own setting.
     return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_flush_denormal, initargs=(True,))

@@ -103,8 +103,7 @@ class TrainResult:
     stopped_early: bool = False  # patience ran out
 
 
-def _nothing(_: object) -> None:
-    pass
+def _nothing(_: object) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -183,11 +182,12 @@ def _run_group(
     leaves = None if cache is None else cache.leaves()
     tasks = [_MicroBatch(body, step, *pair, loss, leaves) for pair in chosen]
     if lanes < 2 or not backward:
-        results = side_by_side([partial(task.run, backward) for task in tasks], max(1, lanes))
+        results = list(side_by_side([partial(task.run, backward) for task in tasks], max(1, lanes)))
     else:
-        results = side_by_side([task.run_apart for task in tasks], lanes)
-        for task in tasks:
-            task.add_gradients()
+        results = []
+        for task, result in zip(tasks, side_by_side([task.run_apart for task in tasks], lanes), strict=True):
+            task.add_gradients()  # at once: it takes as much memory as the adapter
+            results.append(result)
     if backward and cache is not None and leaves is not None:
         pairs = zip(cache.tensors(), leaves.tensors(), strict=True)
         reached = [(t, leaf.grad) for t, leaf in pairs if t.requires_grad and leaf.grad is not None]
