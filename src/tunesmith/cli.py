@@ -109,12 +109,13 @@ def prove(
     from_items: Annotated[
         bool, typer.Option("--from-items", help="Recompute the report from items.jsonl alone.")
     ] = False,
+    set_: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """The ladder of contenders on the held-out rows, with a verdict."""
+    """The ladder of contenders on the held-out rows, with a verdict. `--set` takes keys of prove and runtime."""
     from tunesmith import pipeline
 
-    proof = pipeline.prove(run, from_items=from_items, reporter=_reporter(as_json))
+    proof = pipeline.prove(run, from_items=from_items, overrides=set_ or (), reporter=_reporter(as_json))
     _print(proof.to_json(), as_json, proof.render)
 
 

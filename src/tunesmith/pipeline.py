@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tunesmith.parity import Parity, publication_gate
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
 from tunesmith.progress import Reporter
-from tunesmith.proof import earlier, held_out_scorer, prove_run
+from tunesmith.proof import earlier, held_out_scorer, prove_run, recipe_to_prove
 from tunesmith.prove.card import write_card
 from tunesmith.prove.compare import Comparison, compare_reports
 from tunesmith.prove.compare_page import render_comparison
@@ -132,15 +133,25 @@ def verify(name: str | Path) -> Parity:
     return parity.verify(str(name))
 
 
-def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | None = None) -> Report:
-    """The ladder of contenders on a run's held-out rows. `from_items`: every number again from items.jsonl alone."""
+def prove(
+    name: str | Path,
+    *,
+    from_items: bool = False,
+    overrides: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Report:
+    """The ladder of contenders on a run's held-out rows. `from_items`: every number again from items.jsonl alone.
+
+    `overrides`: `prove.key=value` or `runtime.key=value`, instead of the run's own. Raises InputError.
+    """
     reporter = reporter or Reporter()
     run = find_run(str(name))
+    recipe = recipe_to_prove(run, overrides)
     if from_items:
         report = report_from_items(run.items)
         write_report(report, run.report)
-    elif method_of(Recipe.load(run.recipe).objective).has_answers:
-        report = prove_run(run, reporter)
+    elif method_of(recipe.objective).has_answers:
+        report = prove_run(run, recipe, reporter)
     else:
         raise InputError(_loss_sentence(run), file=run.folder)
     write_page(run, report)

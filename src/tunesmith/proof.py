@@ -34,9 +34,17 @@ SAMPLE = 24  # held-out rows that are answered at an evaluation during training
 SAMPLE_MEMORY = 256 << 20  # bytes of their keys and values
 
 
-def prove_run(run: Run, reporter: Reporter) -> Report:
+def recipe_to_prove(run: Run, overrides: Sequence[str]) -> Recipe:
+    """The recipe a run was trained by, with other ways to prove it. Raises InputError for any other override."""
+    for override in overrides:
+        if override.partition(".")[0].strip() not in ("prove", "runtime"):
+            raise InputError(f'--set "{override}": the run is trained; only keys of prove and runtime can be set now')
+    return Recipe.load(run.recipe, overrides)
+
+
+def prove_run(run: Run, recipe: Recipe, reporter: Reporter) -> Report:
     """Ask every contender; leaves items.jsonl and report.json. Raises InputError where the data is another by now."""
-    recipe, lineage = Recipe.load(run.recipe), read_json(run.lineage)
+    lineage = read_json(run.lineage)
     rows = read_and_split(recipe, lambda _: None)
     if rows.hash != lineage["split_hash"]:
         raise InputError("the data changed since this run was trained; train again to prove on it", file=run.folder)

@@ -10,7 +10,7 @@ import torch
 
 import tunesmith
 from contract import ITEM_FIELDS
-from tunesmith.errors import InterruptedRun
+from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.fitting import _Watch
 from tunesmith.models.loading import load_base
 from tunesmith.recipe import Recipe
@@ -96,6 +96,15 @@ def test_every_number_comes_from_the_items_alone(done: Run) -> None:
     before = done.report.read_bytes()
     tunesmith.prove(done.folder, from_items=True)
     assert done.report.read_bytes() == before
+
+
+def test_a_run_is_proved_again_in_another_way_and_never_trained_in_another(done: Run) -> None:
+    with pytest.raises(InputError, match="only keys of prove and runtime"):
+        tunesmith.prove(done.folder, overrides=["data.system=Another."])
+    report = tunesmith.prove(done.folder, overrides=["prove.contenders=[tuned]"])
+    assert [each.name for each in report.contenders] == ["tuned"]
+    tunesmith.prove(done.folder)
+    assert len(read_json(done.report)["contenders"]) == 3
 
 
 def test_peft_finds_the_logits_that_were_trained(done: Run, base: Path) -> None:
