@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
+from tunesmith.train import parallel
 from tunesmith.train.annotate import load_columns, save_columns, with_columns
 from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
@@ -77,24 +79,22 @@ def fit(
     `accept` judges what was written before it gets its name, and raises RefusedError where it must not be used.
     `score` measures the weights in memory at every evaluation; the best evaluation is then the one it says.
     """
-    lineage = lineage_of(ready)
-    if resume and run.lineage.exists():
-        refuse_changed(run, lineage)
-    write_text(run.recipe, ready.recipe.to_yaml())
-    write_json(run.lineage, lineage)
-    write_json(run.plan, plan.to_json())
+    if parallel.is_first():
+        _note_start(ready, plan, run, resume=resume)
     show_first(ready, reporter)
     method, steps, sample = _annotated(ready, trainable, run, reporter)
     settings = ready.recipe.train
     state = load_newest(run.checkpoints) if resume else None
-    _keep_metrics(run, state.progress.step if state else 0)
+    if parallel.is_first():
+        _keep_metrics(run, state.progress.step if state else 0)
     lr = learning_rate(ready, reporter)
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
     held_out = make_step(0, 0.0, sample, trainable.layout) if sample else None
     with _Watch(run, len(steps), reporter) as watch:
-        if held_out is not None and not method.has_answers and not read_metrics(run):
+        new = parallel.from_first(lambda: not read_metrics(run))
+        if held_out is not None and not method.has_answers and new:
             watch.hooks().on_eval(evaluate(trainable.body, held_out, method.loss, 0))  # where training starts from
         result = train(
             trainable.body,
@@ -106,10 +106,11 @@ def fit(
             held_out=held_out,
             eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
             save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
-            hooks=replace(watch.hooks(), score=score),
+            hooks=replace(watch.hooks(), score=score and partial(parallel.from_first, score)),
             resume=state,
             name_row=ready.name_row,
         )
+    parallel.wait()  # until what the first worker writes is written
     if not result.finished:
         raise InterruptedRun(
             f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n"
@@ -117,8 +118,18 @@ def fit(
         )
     if settings.patience is not None:
         _restore_best(run, result.progress, trainable, reporter)
-    record_actual(run, plan)
-    _publish(run, trainable, accept)
+    if parallel.is_first():
+        record_actual(run, plan)
+        _publish(run, trainable, accept)
+
+
+def _note_start(ready: Prepared, plan: Plan, run: Run, *, resume: bool) -> None:
+    lineage = lineage_of(ready)
+    if resume and run.lineage.exists():
+        refuse_changed(run, lineage)
+    write_text(run.recipe, ready.recipe.to_yaml())
+    write_json(run.lineage, lineage)
+    write_json(run.plan, plan.to_json())
 
 
 def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
@@ -189,6 +200,7 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
     limit = memory_limit(ready.recipe.runtime.memory_limit)
+    limit //= parallel.local_size()
     share, together = abilities.share and not dropout, ready.train.together
     if together > 1 and not abilities.share:
         raise InputError(f"{abilities.reason}, and objective {ready.recipe.objective.kind} needs two at a time")
@@ -201,7 +213,13 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
             "raise runtime.memory_limit, or lower data.max_seq_len",
             gate="plan",
         )
-    return Trainable(lora, adapter, body, parameters, layout, limit, save)
+    return Trainable(lora, adapter, body, parameters, _agreed(layout), limit, save)
+
+
+def _agreed(layout: Layout) -> Layout:
+    """Every worker lays out steps as the first does, and takes its part of them."""
+    first = parallel.from_first(lambda: dataclasses.asdict(layout))
+    return replace(Layout(**first), workers=parallel.size())
 
 
 def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> None:
@@ -276,7 +294,8 @@ def _annotated(
     if columns is None:
         reporter.stage("what the loss compares with, by the weights as they are before training")
         columns = method.annotate(trainable.body, every, trainable.layout, reporter.advance)
-        save_columns(run.columns, columns)
+        if parallel.is_first():
+            save_columns(run.columns, columns)
     done, rows = with_columns(every, columns), list(steps.examples)
     for i, row in zip(used, done, strict=False):
         rows[i] = row
@@ -311,10 +330,11 @@ class _Watch:
         self._before: dict[int, object] = {}
 
     def hooks(self) -> Hooks:
-        return Hooks(self._step, self._eval, self._checkpoint, lambda: self._asked_to_stop)
+        return Hooks(self._step, self._eval, self._checkpoint, lambda: any(parallel.gather(self._asked_to_stop)))
 
     def __enter__(self) -> _Watch:
-        self._file = self._run.metrics.open("a", encoding="utf-8")
+        path = self._run.metrics if parallel.is_first() else os.devnull
+        self._file = open(path, "a", encoding="utf-8")
         if (
             signal.getsignal(signal.SIGINT) is signal.default_int_handler
         ):  # the main thread of a command, not a library's
@@ -352,7 +372,8 @@ class _Watch:
             self._held_out += f", score {metrics.score:.2f}"
 
     def _checkpoint(self, state: TrainState) -> None:
-        save_checkpoint(self._run.checkpoints, state)
+        if parallel.is_first():
+            save_checkpoint(self._run.checkpoints, state)
 
     def _write(self, row: dict[str, object]) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -17,7 +17,7 @@ from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
 from tunesmith.train.annotate import Annotate, with_columns
 from tunesmith.train.bodies import FusedBody
 from tunesmith.train.forward import Body, run_tree
-from tunesmith.train.loop import accumulate
+from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import Loss
 from tunesmith.tree.heads import LOGITS_AT_ONCE
 from tunesmith.tree.layout import build_tree
