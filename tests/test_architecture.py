@@ -21,7 +21,7 @@ ROWS = [
     {"pipeline", "conversation"},
     {"data_need", "workers"},
     {"fitting", "proof", "parity"},
-    {"planning", "lineage"},
+    {"planning", "lineage", "watch"},
     {"preparation"},
     {"train", "prove"},
     {"data", "engine"},

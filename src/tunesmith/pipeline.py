@@ -126,7 +126,13 @@ def _train(recipe: Recipe, place: Path, resume: bool, reporter: Reporter) -> Non
     reporter.say(planned.sentence())
     if not planned.fits:
         raise RefusedError(planned.refusal(), gate="plan")
-    score = held_out_scorer(ready, trainable.lora, trainable.adapter)
+    score = None
+    if trainable.body.sharded:
+        reporter.say(
+            "the weights are spread over the workers, so evaluations during training give the held-out loss alone"
+        )
+    else:
+        score = held_out_scorer(ready, trainable.lora, trainable.adapter)
     surprises = [*loss_outlier(*base_losses(ready, trainable))]
     for note in surprises:
         reporter.say(f"{note.rule}: {note.reason}; {note.remedy}")
@@ -135,7 +141,8 @@ def _train(recipe: Recipe, place: Path, resume: bool, reporter: Reporter) -> Non
         create_run(place, resume=resume)
         write_json(run.data_report, report.with_notes(surprises).to_json())
     parallel.wait()
-    accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run, reporter.say)
+    what = (trainable.lora, trainable.adapter, trainable.body, trainable.abilities)
+    accept = publication_gate(ready, *what, run, reporter.say)
     mean = None if score is None else score.mean
     fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
     parallel.wait()  # the first worker publishes

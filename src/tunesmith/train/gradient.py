@@ -6,10 +6,11 @@ gradient is the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from tunesmith.train.forward import Body, run_prefix, run_tree
 from tunesmith.train.lanes import side_by_side
 from tunesmith.train.losses import Loss, LossOutput, SumLoss, Surveyed
 from tunesmith.tree.attention import PrefixCache
-from tunesmith.tree.layout import TokenTree
+from tunesmith.tree.layout import TokenTree, build_tree
+from tunesmith.types import TokenizedExample
 
 
 def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
@@ -41,9 +43,30 @@ def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> 
             metrics[key] = metrics.get(key, 0.0) + amount
     if not shared:
         return total, metrics
+    if body.sharded:
+        for _ in range(max(map(_passes, step.parts)) - _passes(part)):
+            _pass_for_nothing(body, step, backward)
     if backward:
         parallel.add_up_gradients(body.parameters)
     return parallel.add_up(total, metrics)
+
+
+def _passes(part: Sequence[Group]) -> int:
+    return sum(len(tree.rows) > 0 for group in part for tree in group.trees)
+
+
+def _pass_for_nothing(body: Body, step: Step, backward: bool) -> None:
+    """A pass whose loss and gradient are zero, for the sake of the workers that have more of them to make."""
+    ids = next(example.input_ids[:2] for example in step.examples if len(example.input_ids) > 1)
+    examples = [TokenizedExample("", ids, np.ones(2, np.float32))]
+
+    def nothing() -> Tensor:
+        batch = run_tree(body, build_tree(examples), examples)
+        return batch.scores.weighted_nll(torch.zeros_like(batch.weights))
+
+    total = body.compute(nothing)
+    if backward:
+        total.backward()
 
 
 def _run_group(
@@ -104,7 +127,12 @@ class _MicroBatch:
         self.gradients = ()
 
     def _output(self) -> LossOutput:
-        return self.loss(run_tree(self.body, self.tree, [self.step.examples[i] for i in self.chosen], self.leaves))
+        def scored() -> tuple[Tensor, Mapping[str, float]]:
+            examples = [self.step.examples[i] for i in self.chosen]
+            output = self.loss(run_tree(self.body, self.tree, examples, self.leaves))
+            return output.total, output.metrics
+
+        return LossOutput(*self.body.compute(scored))
 
     def _wanted(self) -> list[Tensor]:
         return [*self.body.parameters, *(self.leaves.tensors() if self.leaves is not None else ())]
