@@ -19,9 +19,9 @@ FILES = sorted(SRC.rglob("*.py"))
 ROWS = [
     {"cli"},
     {"pipeline", "conversation"},
-    {"data_need"},
+    {"data_need", "workers"},
     {"fitting", "proof", "parity"},
-    {"planning", "lineage"},
+    {"planning", "lineage", "watch"},
     {"preparation"},
     {"train", "prove"},
     {"data", "engine"},
@@ -120,7 +120,7 @@ def test_recipe_keys_are_a_reviewed_list() -> None:
         "train.eval_every train.save_every "
         "train.patience "
         "prove.scorers prove.contenders prove.few_shot prove.knowledge prove.max_new_tokens prove.retention "
-        "runtime.device runtime.threads runtime.memory_limit"
+        "runtime.device runtime.threads runtime.memory_limit runtime.workers runtime.shard"
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tunesmith.errors import InputError, InterruptedRun, TunesmithError
+from tunesmith.errors import InputError, InterruptedRun, LostWorkerError, TunesmithError
 
 if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
@@ -294,6 +294,8 @@ def _print_run(done: Run, as_json: bool) -> None:
 
 
 def _print(facts: Any, as_json: bool, render: Callable[[], Any] | None) -> None:
+    if int(os.environ.get("RANK", "0")) > 0:  # of several workers the first speaks
+        return
     if as_json or render is None:
         sys.stdout.write(json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
         return
@@ -320,8 +322,12 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Any:
     return table
 
 
-def _stop(message: str, code: int) -> NoReturn:
+def _stop(message: str, code: int, **more: object) -> NoReturn:
+    from tunesmith.progress import relay
+
     sys.stdout.flush()
+    if relay("error", {"message": message, **more}):
+        sys.exit(code)
     print(message if code == InterruptedRun.exit_code else f"tunesmith: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -333,7 +339,8 @@ def main() -> None:
     try:
         app(prog_name="tunesmith")
     except TunesmithError as error:
-        _stop(str(error), error.exit_code)
+        lost, gate = isinstance(error, LostWorkerError), getattr(error, "gate", None)
+        _stop(str(error), error.exit_code, lost=lost, gate=gate)
     except KeyboardInterrupt:
         _stop("interrupted", InterruptedRun.exit_code)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Every error a user can meet.
 
 TunesmithError                 exit 1   something failed inside
+├── LostWorkerError            exit 1   another process of the run ended; its own error says why
 ├── InputError                 exit 2   bad input or usage: one sentence with file, line and remedy
 ├── RefusedError               exit 3   a gate said no; says which, and how to override it where that is sane
 └── InterruptedRun             exit 130 stopped by a signal; resumable
@@ -15,6 +16,10 @@ class TunesmithError(Exception):
     """Something failed inside; the message is a sentence for the user."""
 
     exit_code = 1
+
+
+class LostWorkerError(TunesmithError):
+    """Another process of the same run ended, so this one had to; not the cause of anything."""
 
 
 class InputError(TunesmithError):

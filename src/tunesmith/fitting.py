@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,17 +24,21 @@ from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
+from tunesmith.train import parallel
 from tunesmith.train.annotate import load_columns, save_columns, with_columns
 from tunesmith.train.bodies import make_body
-from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from tunesmith.train.estimate import choose_layout, estimate, memory_limit
-from tunesmith.train.forward import Body
-from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, evaluate, train
+from tunesmith.train.checkpoint import load_checkpoint, load_newest
+from tunesmith.train.estimate import bytes_per_token, choose_layout, estimate, memory_limit
+from tunesmith.train.forward import Body, ModuleBody
+from tunesmith.train.loop import Progress, evaluate, train
 from tunesmith.train.methods import Method, method_of
 from tunesmith.train.rate import choose_lr
 from tunesmith.train.row_losses import row_losses
+from tunesmith.train.sharding import full_state, saved_bytes, spread
+from tunesmith.tree.body import Abilities
 from tunesmith.tree.body import prepare as prepare_attention
 from tunesmith.types import Example, TokenizedExample
+from tunesmith.watch import Watch
 
 TUNED = "tuned"  # the adapter's name in memory
 EVAL_ROWS = 48  # held-out rows scored during training
@@ -59,6 +61,7 @@ class Trainable:
     layout: Layout
     memory_limit: int  # bytes
     save: Callable[[Path], None]
+    abilities: Abilities
 
 
 def fit(
@@ -77,24 +80,22 @@ def fit(
     `accept` judges what was written before it gets its name, and raises RefusedError where it must not be used.
     `score` measures the weights in memory at every evaluation; the best evaluation is then the one it says.
     """
-    lineage = lineage_of(ready)
-    if resume and run.lineage.exists():
-        refuse_changed(run, lineage)
-    write_text(run.recipe, ready.recipe.to_yaml())
-    write_json(run.lineage, lineage)
-    write_json(run.plan, plan.to_json())
+    if parallel.is_first():
+        _note_start(ready, plan, run, resume=resume)
     show_first(ready, reporter)
     method, steps, sample = _annotated(ready, trainable, run, reporter)
     settings = ready.recipe.train
-    state = load_newest(run.checkpoints) if resume else None
-    _keep_metrics(run, state.progress.step if state else 0)
+    state = load_newest(run.checkpoints, trainable.parameters) if resume else None
+    if parallel.is_first():
+        _keep_metrics(run, state.progress.step if state else 0)
     lr = learning_rate(ready, reporter)
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
     held_out = make_step(0, 0.0, sample, trainable.layout) if sample else None
-    with _Watch(run, len(steps), reporter) as watch:
-        if held_out is not None and not method.has_answers and not read_metrics(run):
+    with Watch(run, len(steps), reporter) as watch:
+        new = parallel.from_first(lambda: not read_metrics(run))
+        if held_out is not None and not method.has_answers and new:
             watch.hooks().on_eval(evaluate(trainable.body, held_out, method.loss, 0))  # where training starts from
         result = train(
             trainable.body,
@@ -106,10 +107,11 @@ def fit(
             held_out=held_out,
             eval_every=_every(settings.eval_every, len(steps), AUTO_EVALS),
             save_every=_every(settings.save_every, len(steps), AUTO_SAVES),
-            hooks=replace(watch.hooks(), score=score),
+            hooks=replace(watch.hooks(), score=score and partial(parallel.from_first, score)),
             resume=state,
             name_row=ready.name_row,
         )
+    parallel.wait()  # until what the first worker writes is written
     if not result.finished:
         raise InterruptedRun(
             f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n"
@@ -117,8 +119,18 @@ def fit(
         )
     if settings.patience is not None:
         _restore_best(run, result.progress, trainable, reporter)
-    record_actual(run, plan)
+    if parallel.is_first():
+        record_actual(run, plan)
     _publish(run, trainable, accept)
+
+
+def _note_start(ready: Prepared, plan: Plan, run: Run, *, resume: bool) -> None:
+    lineage = lineage_of(ready)
+    if resume and run.lineage.exists():
+        refuse_changed(run, lineage)
+    write_text(run.recipe, ready.recipe.to_yaml())
+    write_json(run.lineage, lineage)
+    write_json(run.plan, plan.to_json())
 
 
 def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
@@ -189,33 +201,63 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
     limit = memory_limit(ready.recipe.runtime.memory_limit)
+    limit //= parallel.local_size()
     share, together = abilities.share and not dropout, ready.train.together
     if together > 1 and not abilities.share:
         raise InputError(f"{abilities.reason}, and objective {ready.recipe.objective.kind} needs two at a time")
-    layout = choose_layout(
-        body, parameters, ready.train.examples, limit, share=share, pack=abilities.share, together=together
-    )
+    shape = {"share": share, "pack": abilities.share, "together": together}
+    body, layout = _lay_out(ready, body, parameters, limit, **shape)
     if layout is None:
         raise RefusedError(
             f"training does not fit in {limit / 1e9:.1f} GB: one row of the data alone takes more; "
             "raise runtime.memory_limit, or lower data.max_seq_len",
             gate="plan",
         )
-    return Trainable(lora, adapter, body, parameters, layout, limit, save)
+    return Trainable(lora, adapter, body, parameters, layout, limit, save, abilities)
+
+
+def _lay_out(
+    ready: Prepared, body: Body, parameters: dict[str, nn.Parameter], limit: int, **shape: Any
+) -> tuple[Body, Layout | None]:
+    """How steps are laid out under `limit` bytes, the same for every worker; None where not one row fits.
+
+    The weights are spread over the workers where the recipe says so; where it leaves it open, where all of them learn
+    or where they do not fit otherwise. `parameters` then become the parts that this worker holds.
+    """
+    rows, asked = ready.train.examples, ready.recipe.runtime.shard
+    spreads = parallel.size() > 1 and (ready.recipe.adapter is None if asked == "auto" else asked)
+    layout = None if spreads else choose_layout(body, parameters, rows, limit, **shape)
+    fits = all(parallel.gather(layout is not None))
+    if not fits and parallel.size() > 1 and asked is not False:
+        spreads, plain = True, ModuleBody(body.model, body.parameters)
+        layout = choose_layout(plain, parameters, rows, limit + saved_bytes(body.model, parameters), **shape)
+        if not all(parallel.gather(layout is not None)):
+            return body, None
+        body = spread(plain, parameters, bytes_per_token(plain, rows))
+    if layout is None:
+        return body, None
+    first = Layout(**parallel.from_first(lambda: dataclasses.asdict(layout)))
+    return body, replace(first, workers=parallel.size(), sharded=spreads, lanes=1 if spreads else first.lanes)
 
 
 def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> None:
-    """Write the result beside, have it judged, then give it its name; what is refused is kept under another."""
+    """Write the result beside, have it judged, then give it its name; what is refused is kept under another.
+
+    The first worker does; the others take part in what needs all of the weights.
+    """
     target = run.model if trainable.adapter is None else run.adapter
     beside, refused = run.folder / f".{target.name}.partial", run.folder / f"{target.name}.refused"
-    for leftover in (beside, refused):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if parallel.is_first():
+        for leftover in (beside, refused):
+            shutil.rmtree(leftover, ignore_errors=True)
     trainable.save(beside)
     try:
         accept(beside)
     except RefusedError as error:
         beside.rename(refused)
         raise RefusedError(f"{error}; it is kept for a look in {refused}", gate=error.gate) from None
+    if not parallel.is_first():
+        return
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
 
@@ -223,13 +265,16 @@ def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> 
 def _save_adapter(ready: Prepared, lora: LoraModel, folder: Path) -> None:
     section, base = ready.recipe.adapter, ready.base
     assert section is not None
-    save_adapter(lora, TUNED, folder, section, base.name, base.revision)
+    if parallel.is_first():
+        save_adapter(lora, TUNED, folder, section, base.name, base.revision)
 
 
 def _save_model(ready: Prepared, folder: Path) -> None:
-    """Every weight, in Hugging Face layout."""
-    ready.base.model.save_pretrained(folder)
-    ready.base.tokenizer.save_pretrained(folder)
+    """Every weight, in Hugging Face layout. Where the workers hold parts of them, all call."""
+    weights = full_state(ready.base.model)
+    if parallel.is_first():
+        ready.base.model.save_pretrained(folder, state_dict=weights)
+        ready.base.tokenizer.save_pretrained(folder)
 
 
 def learning_rate(ready: Prepared, reporter: Reporter) -> float:
@@ -276,7 +321,8 @@ def _annotated(
     if columns is None:
         reporter.stage("what the loss compares with, by the weights as they are before training")
         columns = method.annotate(trainable.body, every, trainable.layout, reporter.advance)
-        save_columns(run.columns, columns)
+        if parallel.is_first():
+            save_columns(run.columns, columns)
     done, rows = with_columns(every, columns), list(steps.examples)
     for i, row in zip(used, done, strict=False):
         rows[i] = row
@@ -293,67 +339,9 @@ def _restore_best(run: Run, progress: Progress, trainable: Trainable, reporter: 
     """Under `patience` the best evaluated weights are the ones kept."""
     if progress.best_step in (None, progress.step):
         return
-    best = load_checkpoint(run.checkpoints / f"step-{progress.best_step}")
+    best = load_checkpoint(run.checkpoints / f"step-{progress.best_step}", trainable.parameters)
     assert best is not None, "the best checkpoint is kept until the run ends"
     with torch.no_grad():
         for name, parameter in trainable.parameters.items():
             parameter.copy_(best.parameters[name])
     reporter.say(f"kept the weights of step {progress.best_step}, the best on the held-out rows")
-
-
-class _Watch:
-    """Writes metrics and checkpoints as they come, and turns a signal into a request to stop after the step."""
-
-    def __init__(self, run: Run, steps: int, reporter: Reporter) -> None:
-        self._run, self._steps, self._reporter = run, steps, reporter
-        self._asked_to_stop = False
-        self._held_out = ""
-        self._before: dict[int, object] = {}
-
-    def hooks(self) -> Hooks:
-        return Hooks(self._step, self._eval, self._checkpoint, lambda: self._asked_to_stop)
-
-    def __enter__(self) -> _Watch:
-        self._file = self._run.metrics.open("a", encoding="utf-8")
-        if (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):  # the main thread of a command, not a library's
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked_to_stop:
-            raise KeyboardInterrupt
-        self._asked_to_stop = True
-        self._reporter.say("finishing this step, then saving; a second signal stops at once")
-
-    def _step(self, metrics: StepMetrics) -> None:
-        row = dataclasses.asdict(metrics)
-        measures = row.pop("measures")
-        self._write({**row, **measures})
-        rate = metrics.tokens / metrics.seconds
-        text = f"loss {metrics.loss:.3f}  {rate:.0f} tokens/s{self._held_out}"
-        if metrics.skipped:
-            self._reporter.say(f"step {metrics.step} had a loss or gradient that is not a finite number; skipped")
-        self._reporter.advance(metrics.step, self._steps, text)
-
-    def _eval(self, metrics: EvalMetrics) -> None:
-        row = dataclasses.asdict(metrics)
-        measures = {f"held_out_{name}": value for name, value in row.pop("measures").items()}
-        self._write({**row, **measures})
-        self._held_out = f"  held-out loss {metrics.held_out_loss:.3f}"
-        if metrics.score is not None:
-            self._held_out += f", score {metrics.score:.2f}"
-
-    def _checkpoint(self, state: TrainState) -> None:
-        save_checkpoint(self._run.checkpoints, state)
-
-    def _write(self, row: dict[str, object]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()

@@ -33,9 +33,10 @@ from tunesmith.models.peft_format import CONFIG, load_adapter, read_config
 from tunesmith.preparation import Prepared
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, find_run, read_json, write_json
+from tunesmith.train import parallel
 from tunesmith.train.bodies import make_body
 from tunesmith.train.forward import Body, run_tree
-from tunesmith.tree.body import prepare
+from tunesmith.tree.body import Abilities
 from tunesmith.tree.layout import build_tree
 from tunesmith.types import Example, Message, TokenizedExample
 
@@ -120,21 +121,28 @@ class _Served:
 
 
 def publication_gate(
-    ready: Prepared, lora: LoraModel, adapter: str | None, body: Body, run: Run, say: Callable[[str], None]
+    ready: Prepared,
+    lora: LoraModel,
+    adapter: str | None,
+    body: Body,
+    abilities: Abilities,
+    run: Run,
+    say: Callable[[str], None],
 ) -> Callable[[Path], None]:
     """What `fit` calls with a folder before it is published: leaves parity.json, raises RefusedError.
 
     The trainer's side is the weights in memory; the engine reads the folder.
     """
 
-    abilities = prepare(lora.model)
-
     def accept(folder: Path) -> None:
         lora.model.eval()
         lora.use(adapter)
         rows = [replace(row, logprobs=trainer_logprobs(body, row)) for row in sample_rows(ready)]
+        if not parallel.is_first():
+            return
         if abilities.share:
-            parity = _judge(_serve(ready.base, lora, folder, adapter), rows, read_json(run.lineage))
+            base, over = _whole(ready, lora) if body.sharded and adapter is not None else (ready.base, lora)
+            parity = _judge(_serve(base, over, folder, adapter), rows, read_json(run.lineage))
         else:
             parity = Parity((Check("engine", None, f"it is not for this engine: {abilities.reason}"),), tuple(rows))
         write_json(run.parity, {**parity.to_json(), "rows": [asdict(row) for row in parity.rows]})
@@ -182,7 +190,13 @@ def trainer_logprobs(body: Body, row: Row) -> list[float]:
     weights = np.zeros(len(ids), np.float32)
     weights[len(row.prompt_ids) :] = 1.0
     examples = [TokenizedExample(row.name, ids, weights)]
-    return run_tree(body, build_tree(examples), examples).scores.logprobs().tolist()
+    return body.compute(lambda: run_tree(body, build_tree(examples), examples).scores.logprobs()).tolist()
+
+
+def _whole(ready: Prepared, lora: LoraModel) -> tuple[LoadedBase, LoraModel]:
+    """The base once more, for the engine: of the one that trains each worker holds a part."""
+    base = load_base(str(ready.base.folder), dtype=_dtype(ready.base), device=ready.base.device.type)
+    return base, wrap(base.model)
 
 
 def _judge(served: _Served, rows: Sequence[Row], lineage: Mapping[str, Any] | None) -> Parity:

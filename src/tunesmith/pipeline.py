@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith import parity
+from tunesmith import parity, workers
 from tunesmith.data.checks import check as check_rows
 from tunesmith.data.checks import gate
 from tunesmith.data.fix import write_fixed
@@ -26,7 +26,7 @@ from tunesmith.errors import InputError, RefusedError
 from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
 from tunesmith.home import home
 from tunesmith.models.catalogue import on_disk
-from tunesmith.models.loading import load_base
+from tunesmith.models.loading import load_base, pick_device
 from tunesmith.models.lora import wrap
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
@@ -52,6 +52,7 @@ from tunesmith.store.runs import (
     write_json,
     write_text,
 )
+from tunesmith.train import parallel
 from tunesmith.train.estimate import release_memory
 from tunesmith.train.methods import method_of
 
@@ -110,22 +111,42 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     reporter = reporter or Reporter()
     place = folder or home() / "runs" / recipe.name
     refuse_taken(place, resume=resume)
+    if workers.wanted(recipe):
+        workers.train_in_workers(recipe, place, resume=resume, reporter=reporter)
+    else:
+        with parallel.team(pick_device(recipe.runtime.device)):
+            _train(recipe, place, resume, reporter)
+    return Run(place)
+
+
+def _train(recipe: Recipe, place: Path, resume: bool, reporter: Reporter) -> None:
+    """In this process, which may be one of several."""
     ready, report = _prepare(recipe, reporter)
     trainable = make_trainable(ready, reporter)
     planned = plan_run(ready, trainable)
     reporter.say(planned.sentence())
     if not planned.fits:
         raise RefusedError(planned.refusal(), gate="plan")
-    score = held_out_scorer(ready, trainable.lora, trainable.adapter)
+    score = None
+    if trainable.body.sharded:
+        reporter.say(
+            "the weights are spread over the workers, so evaluations during training give the held-out loss alone"
+        )
+    else:
+        score = held_out_scorer(ready, trainable.lora, trainable.adapter)
     surprises = [*loss_outlier(*base_losses(ready, trainable))]
     for note in surprises:
         reporter.say(f"{note.rule}: {note.reason}; {note.remedy}")
-    run = create_run(place, resume=resume)
-    write_json(run.data_report, report.with_notes(surprises).to_json())
-    accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run, reporter.say)
+    run = Run(place)
+    if parallel.is_first():
+        create_run(place, resume=resume)
+        write_json(run.data_report, report.with_notes(surprises).to_json())
+    parallel.wait()
+    what = (trainable.lora, trainable.adapter, trainable.body, trainable.abilities)
+    accept = publication_gate(ready, *what, run, reporter.say)
     mean = None if score is None else score.mean
     fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
-    return run
+    parallel.wait()  # the first worker publishes
 
 
 def verify(name: str | Path) -> Parity:
@@ -176,6 +197,8 @@ def run(
     if not method_of(recipe.objective).has_answers:
         reporter.say(_loss_sentence(done))
         return done
+    if not parallel.leads():
+        return done  # the first worker proves alone
     release_memory()
     return prove(done.folder, reporter=reporter)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from typing import Any
+
+RELAY = "TUNESMITH_RELAY"  # in a worker's environment: the open file on which it tells who started it
 
 
 class Reporter:
@@ -24,10 +28,45 @@ class Reporter:
 
 
 def terminal_reporter(*, quiet: bool = False) -> Reporter:
-    """A live bar on a terminal, plain lines otherwise. `quiet` keeps tables and bars off, for --json."""
+    """A live bar on a terminal, plain lines otherwise. `quiet` keeps tables and bars off, for --json.
+
+    Of several workers only the first says anything, to the process that started them where there is one.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return Reporter()
+    if RELAY in os.environ:
+        return _RelayReporter()
     if sys.stderr.isatty() and not quiet:
         return _LiveReporter()
     return _LineReporter(quiet=quiet)
+
+
+def relay(*event: Any) -> bool:
+    """Tell the process that started this worker; False where there is none. What it is told: workers.py."""
+    if RELAY not in os.environ:
+        return False
+    os.write(int(os.environ[RELAY]), json.dumps(event).encode() + b"\n")
+    return True
+
+
+class _RelayReporter(Reporter):
+    """Says everything to the process that started this worker, which has the terminal."""
+
+    def stage(self, title: str) -> None:
+        relay("stage", title)
+
+    def say(self, text: str) -> None:
+        relay("say", text)
+
+    def show(self, renderable: Any) -> None:
+        from rich.console import Console
+
+        with (console := Console(width=120, color_system="standard", force_terminal=True)).capture() as captured:
+            console.print(renderable)
+        relay("show", captured.get().rstrip("\n"))
+
+    def advance(self, done: int, total: int, detail: str = "") -> None:
+        relay("advance", done, total, detail)
 
 
 class _LineReporter(Reporter):

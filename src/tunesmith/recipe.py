@@ -127,6 +127,8 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
     memory_limit: str | Auto = "auto"  # "4GB", "800MB"
+    workers: int = Field(default=1, ge=1)  # processes that share every step
+    shard: bool | Auto = "auto"  # spread weights and optimiser over the workers; auto: where every weight is trained
 
 
 class Recipe(Section):

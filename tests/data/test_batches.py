@@ -16,7 +16,7 @@ from tunesmith.data.batches import (
 )
 from tunesmith.errors import InputError
 from tunesmith.train.forward import ModuleBody
-from tunesmith.train.loop import accumulate
+from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import sft
 from tunesmith.tree.body import prepare
 from tunesmith.tree.layout import build_tree

@@ -11,10 +11,10 @@ import torch
 import tunesmith
 from contract import ITEM_FIELDS
 from tunesmith.errors import InputError, InterruptedRun
-from tunesmith.fitting import _Watch
 from tunesmith.models.loading import load_base
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_json, read_metrics
+from tunesmith.watch import Watch
 
 pytestmark = pytest.mark.base
 COLOURS = ("red", "green", "blue", "white")
@@ -127,14 +127,14 @@ def test_the_same_recipe_gives_the_same_bytes_also_when_interrupted(
     recipe: Recipe, done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after two steps and resumed, the adapter is byte for byte that of the run that went through."""
-    record = _Watch._step
+    record = Watch._step
 
-    def stop_after_two(self: _Watch, metrics: object) -> None:
+    def stop_after_two(self: Watch, metrics: object) -> None:
         record(self, metrics)  # type: ignore[arg-type]
         self._asked_to_stop = metrics.step == 2  # type: ignore[attr-defined]
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Watch, "_step", stop_after_two)
+        patch.setattr(Watch, "_step", stop_after_two)
         with pytest.raises(InterruptedRun, match="--resume"):
             tunesmith.train(recipe, tmp_path / "job")
     again = tunesmith.train(recipe, tmp_path / "job", resume=True)

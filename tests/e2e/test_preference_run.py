@@ -11,9 +11,9 @@ import pytest
 import tiny_llama
 import tunesmith
 from tunesmith.errors import InputError, InterruptedRun
-from tunesmith.fitting import _Watch
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_json, read_metrics
+from tunesmith.watch import Watch
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
@@ -72,15 +72,15 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bytes(
     folder: Path, done: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is the one of before the first step, also when the run is resumed."""
-    record = _Watch._step
+    record = Watch._step
 
-    def stop_after_three(self: _Watch, metrics: object) -> None:
+    def stop_after_three(self: Watch, metrics: object) -> None:
         record(self, metrics)  # type: ignore[arg-type]
         self._asked_to_stop = metrics.step == 3  # type: ignore[attr-defined]
 
     for name, lose_columns in (("kept", False), ("lost", True)):
         with monkeypatch.context() as patch:
-            patch.setattr(_Watch, "_step", stop_after_three)
+            patch.setattr(Watch, "_step", stop_after_three)
             with pytest.raises(InterruptedRun, match="--resume"):
                 tunesmith.train(recipe(folder, "dpo"), folder / name)
         if lose_columns:

@@ -11,7 +11,7 @@ from tunesmith.recipe import Adapter
 from tunesmith.train.bodies import FusedBody, make_body
 from tunesmith.train.estimate import choose_layout
 from tunesmith.train.forward import ModuleBody
-from tunesmith.train.loop import accumulate
+from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import sft
 from tunesmith.tree.body import prepare
 

@@ -12,8 +12,9 @@ from tunesmith.data.batches import Layout, StepPlan, make_step
 from tunesmith.models.lora import add_new_adapter, wrap
 from tunesmith.recipe import Adapter, Train
 from tunesmith.train.bodies import make_body
+from tunesmith.train.gradient import _MicroBatch, accumulate
 from tunesmith.train.lanes import side_by_side
-from tunesmith.train.loop import _MicroBatch, accumulate, train
+from tunesmith.train.loop import train
 from tunesmith.train.losses import sft
 from tunesmith.tree.body import prepare
 

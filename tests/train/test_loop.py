@@ -198,7 +198,7 @@ def test_a_per_sequence_loss_sees_each_sequence_whole():
 
     def gradient(layout):
         step = make_step(0, 1.0, ROWS, layout)
-        from tunesmith.train.loop import accumulate
+        from tunesmith.train.gradient import accumulate
 
         total, _ = accumulate(body, step, squared)
         grads = torch.cat([p.grad.flatten() for p in parameters.values()])

@@ -16,7 +16,8 @@ from tunesmith.models.lora import add_new_adapter, wrap
 from tunesmith.recipe import Adapter, Train
 from tunesmith.train.annotate import load_columns, reference, save_columns, with_columns
 from tunesmith.train.bodies import make_body
-from tunesmith.train.loop import Hooks, accumulate, train
+from tunesmith.train.gradient import accumulate
+from tunesmith.train.loop import Hooks, train
 from tunesmith.train.losses import REFERENCE, dpo, kto, orpo
 from tunesmith.tree.body import prepare
 

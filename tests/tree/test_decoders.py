@@ -6,7 +6,7 @@ import torch
 from decoders import DECODERS, example, gradients, make_decoder, make_rows, one_by_one, worst_error
 from tunesmith.data.batches import Layout, make_step
 from tunesmith.train.forward import ModuleBody
-from tunesmith.train.loop import accumulate
+from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import sft
 from tunesmith.tree.body import prepare
 

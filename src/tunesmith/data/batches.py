@@ -9,14 +9,16 @@ and the step's total weight is known before its first forward pass.
     several              behind a common prefix that is computed once a step: forward, micro-batches (which leave their
                          gradients in its keys and values), backward
 
-With several lanes the micro-batches are cut evenly, so that as many can run side by side (train/lanes.py).
+With several lanes the micro-batches are cut evenly, so that as many can run side by side (train/lanes.py). With several
+workers the step's examples are first divided among them, neighbours in the tree together, so that each pays for a
+prefix once; the step is the same step, of the same weight, whatever their number.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +47,7 @@ class Step:
 
     index: int  # from 0, over the whole run
     epoch: float  # epochs completed once this step is done
-    groups: tuple[Group, ...]
+    parts: tuple[tuple[Group, ...], ...]  # what each worker computes
     examples: tuple[TokenizedExample, ...]
     weight: float  # what the loss is divided by
     lanes: int = 1  # micro-batches of a group that may run at a time
@@ -54,6 +56,10 @@ class Step:
     @property
     def example_ids(self) -> tuple[str, ...]:
         return tuple(example.example_id for example in self.examples[:: self.together])
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for part in self.parts for group in part)
 
     @property
     def trees(self) -> tuple[TokenTree, ...]:
@@ -80,7 +86,9 @@ class Layout:
     """How examples may be laid out. `share` False where branching is not exact; `pack` False where neighbours leak.
 
     `lanes` micro-batches may run at a time, and `token_budget` is for all of them together. So many consecutive
-    sequences as `together` says are one example (a chosen and a rejected answer) and stay in one micro-batch.
+    sequences as `together` says are one example (a chosen and a rejected answer) and stay in one micro-batch. `workers`
+    processes divide every step. Where the weights are `sharded` over them all make their passes in step with one
+    another, and a prefix is computed in each micro-batch, not apart.
     """
 
     token_budget: int
@@ -88,6 +96,8 @@ class Layout:
     pack: bool = True
     lanes: int = 1
     together: int = 1
+    workers: int = 1
+    sharded: bool = False
 
 
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
@@ -163,13 +173,42 @@ def make_step(index: int, epoch: float, examples: Sequence[TokenizedExample], la
     if not weight > 0:
         names = ", ".join(example.example_id for example in examples[:3])
         raise InputError(f"a step holds no supervised token (rows {names}); leave such rows out")
-    groups = tuple(plan_groups(examples, layout))
-    return Step(index, epoch, groups, tuple(examples), weight, layout.lanes, layout.together)
+    parts = tuple(_part(examples, chosen, layout) for chosen in divide(examples, layout))
+    return Step(index, epoch, parts, tuple(examples), weight, layout.lanes, layout.together)
+
+
+def divide(examples: Sequence[TokenizedExample], layout: Layout) -> list[list[int]]:
+    """Which of the examples each worker takes, all of them once; about as many tokens to compute for each.
+
+    Neighbours in the order of the tree stay together, for the tokens they share.
+    """
+    together, workers = layout.together, layout.workers
+    if workers == 1:
+        return [list(range(len(examples)))]
+    firsts = sort_order(examples[::together]) if layout.share else range(len(examples) // together)
+    order = [together * first + k for first in firsts for k in range(together)]
+    sizes = np.array([len(examples[i].input_ids) for i in order])
+    if layout.share:
+        shared = shared_lengths(examples, order)
+        sizes[1:] -= shared[1:]
+        sizes[0] -= shared[1:].min(initial=sizes[0])  # what all begin with is computed by every worker
+    by_example = sizes.reshape(-1, together).sum(1) + 1
+    middle = by_example.cumsum() - by_example / 2
+    worker = (middle * workers / by_example.sum()).astype(int)
+    return [[i for k, i in enumerate(order) if worker[k // together] == each] for each in range(workers)]
+
+
+def _part(examples: Sequence[TokenizedExample], chosen: Sequence[int], layout: Layout) -> tuple[Group, ...]:
+    """One worker's micro-batches, over indices of the step's examples."""
+    groups = plan_groups([examples[i] for i in chosen], layout)
+    return tuple(
+        replace(group, examples=tuple(tuple(chosen[i] for i in tree) for tree in group.examples)) for group in groups
+    )
 
 
 def plan_groups(examples: Sequence[TokenizedExample], layout: Layout) -> Iterator[Group]:
     """Micro-batches under the budget, in an order of their own, that together hold every example once."""
-    if layout.share and layout.pack:
+    if examples and layout.share and layout.pack:
         yield from _Planner(examples, layout).groups()
         return
     batch: list[int] = []
@@ -197,7 +236,7 @@ class _Planner:
 
     def __init__(self, examples: Sequence[TokenizedExample], layout: Layout) -> None:
         self.examples, self.budget, self.lanes = examples, layout.token_budget // layout.lanes, layout.lanes
-        self.together = layout.together
+        self.together, self.sharded = layout.together, layout.sharded
         firsts = sort_order(examples[:: self.together])
         self.order = [self.together * first + k for first in firsts for k in range(self.together)]
         self.shared = shared_lengths(examples, self.order)
@@ -256,7 +295,7 @@ class _Planner:
             return
         members = [self.order[a:b] for a, b in bins]
         prefix = min(common, *(self._unsupervised(i) for chosen in members for i in chosen))
-        if prefix * (len(bins) - 1) < PREFIX_WORTH_KEEPING:
+        if self.sharded or prefix * (len(bins) - 1) < PREFIX_WORTH_KEEPING:
             prefix = 0
         trees, used = [], []
         for chosen in members:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tunesmith.data.batches import Layout, make_step
+from tunesmith.train import parallel
 from tunesmith.train.forward import Batch, Body
-from tunesmith.train.loop import accumulate
+from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import REFERENCE, LossOutput
 from tunesmith.types import TokenizedExample
 
@@ -50,7 +51,7 @@ def reference(
             accumulate(body, make_step(0, 0.0, placed[start : start + size], layout), note, backward=False)
             advance(min(start + size, len(placed)) // layout.together, len(placed) // layout.together)
     body.model.train(training)
-    return {REFERENCE: found}
+    return {REFERENCE: found if layout.workers == 1 else parallel.add_up_array(found)}
 
 
 def with_columns(sequences: Sequence[TokenizedExample], columns: Columns) -> list[TokenizedExample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from tunesmith.models.fused import FusedDecoder, fuse
 from tunesmith.models.lora import LoraModel
 from tunesmith.models.packed import PackedPair, can_pack, page_out
-from tunesmith.train.forward import Body, ModuleBody
+from tunesmith.train.forward import Body, ModuleBody, T
 from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import head_of
@@ -80,6 +81,8 @@ class _Listener(TreeContext):
 class FusedBody:
     """A FusedDecoder as a Body: one node of the autograd graph."""
 
+    sharded = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -89,6 +92,9 @@ class FusedBody:
     ) -> None:
         self.model, self.decoder, self.layers, self.parameters = model, decoder, layers, parameters
         self.device, self.head = model.device, head_of(model)
+
+    def compute(self, work: Callable[[], T]) -> T:
+        return work()
 
     def pack(self) -> None:
         """Take another `packed_bytes` for copies of the frozen weights that make products faster."""

@@ -13,28 +13,41 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tunesmith.train import parallel
 from tunesmith.train.loop import Progress, TrainState
+from tunesmith.train.sharding import read_parts, write_parts
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-PARTS = ("parameters", "optimizer", "random")
+RANDOM = "random"
+PARTS = ("parameters", "optimizer", RANDOM)
 
 
 def save_checkpoint(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
-    """Write `folder/step-N`, then remove all but the newest `keep` and the best. Returns the checkpoint's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `folder/step-N`, then remove all but the newest `keep` and the best. Returns the checkpoint's folder.
+
+    Of several workers the first writes it; where the weights are spread over them, each writes its parts. All call.
+    """
     final = folder / f"step-{state.progress.step}"
     partial = folder / f".{final.name}.partial"
-    for leftover in (partial, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir()
-    hashes = {part: _write_tensors(partial / f"{part}.safetensors", getattr(state, part)) for part in PARTS}
+    sharded = any(map(parallel.is_sharded, state.parameters.values()))
+    if parallel.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (partial, final):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir()
+    hashes = _write_parts(partial, state) if sharded else {}
+    if not parallel.is_first():
+        return final
+    for part in (RANDOM,) if sharded else PARTS:
+        hashes[part] = _write_tensors(partial / f"{part}.safetensors", getattr(state, part))
     manifest = {"format": FORMAT, "progress": asdict(state.progress), "sha256": hashes}
     _write(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
     _flush_folder(partial)
@@ -50,25 +63,46 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
-def load_checkpoint(path: Path) -> TrainState | None:
-    """Read one checkpoint; None where it is damaged or not whole."""
+def load_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> TrainState | None:
+    """Read one checkpoint; None where it is damaged or not whole.
+
+    like  the parameters it is for: needed where the workers hold parts of them, or those that wrote it did. All call.
+    """
+    manifest = _read_manifest(path)
+    if not all(parallel.gather(manifest is not None)) or manifest is None:
+        return None
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return None
-        files = {part: path / f"{part}.safetensors" for part in PARTS}
-        if any(_hash(file) != manifest["sha256"][part] for part, file in files.items()):
-            return None
-        tensors = {part: load_file(file) for part, file in files.items()}
-        return TrainState(Progress(**manifest["progress"]), **tensors)
+        progress, random = Progress(**manifest["progress"]), load_file(path / f"{RANDOM}.safetensors")
+        if like is not None and (any(map(parallel.is_sharded, like.values())) or PARTS[0] not in manifest["sha256"]):
+            return TrainState(progress, *read_parts(path, like), random)
+        tensors = {part: load_file(path / f"{part}.safetensors") for part in PARTS if part != RANDOM}
+        return TrainState(progress, **tensors, random=random)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError):
         return None
 
 
-def load_newest(folder: Path) -> TrainState | None:
-    """The newest whole checkpoint, or None where there is none."""
-    states = (load_checkpoint(path) for path in list_checkpoints(folder))
+def load_newest(folder: Path, like: Mapping[str, Tensor] | None = None) -> TrainState | None:
+    """The newest whole checkpoint, or None where there is none. `like`: see `load_checkpoint`."""
+    states = (load_checkpoint(path, like) for path in list_checkpoints(folder))
     return next((state for state in states if state is not None), None)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint whose files are those that were written; the workers share the reading of them."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        names = sorted(manifest["sha256"])[parallel.rank() :: parallel.size()]
+        whole = all(_hash(path / f"{name}.safetensors") == manifest["sha256"][name] for name in names)
+        return manifest if whole and manifest["format"] == FORMAT else None
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write_parts(folder: Path, state: TrainState) -> dict[str, str]:
+    """Each worker its parts of parameters and optimiser, in one file; every file's hash by its name."""
+    parallel.wait()  # for the folder
+    path = write_parts(folder, {**state.parameters, **state.optimizer})
+    return dict(parallel.gather([path.stem, _hash(path)]))
 
 
 def _remove_old(folder: Path, keep: int, best_step: int | None) -> None:

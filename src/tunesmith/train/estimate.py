@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
+from tunesmith.train import parallel
 from tunesmith.train.annotate import Annotate, with_columns
 from tunesmith.train.bodies import FusedBody
 from tunesmith.train.forward import Body, run_tree
-from tunesmith.train.loop import accumulate
+from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import Loss
+from tunesmith.train.sharding import ShardedBody
 from tunesmith.tree.heads import LOGITS_AT_ONCE
 from tunesmith.tree.layout import build_tree
 from tunesmith.types import TokenizedExample
@@ -117,6 +119,8 @@ def bytes_per_token(body: Body, rows: Sequence[TokenizedExample]) -> int:
     """What a token keeps for the backward pass: stated by a fused body, else counted over one trial forward."""
     if isinstance(body, FusedBody):
         return body.decoder.bytes_per_token
+    if isinstance(body, ShardedBody):
+        return body.bytes_per_token
     row = max(rows, key=lambda row: min(len(row.input_ids), TRIAL_TOKENS))
     short = TokenizedExample(row.example_id, row.input_ids[:TRIAL_TOKENS], row.weights[:TRIAL_TOKENS])
     tree, kept = build_tree([short]), dict[int, int]()
@@ -205,5 +209,6 @@ def _seconds_per_token(
 
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
     """What does not grow with the micro-batch: what is held now, AdamW's copies, and the slice of logits."""
-    trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    return resident_bytes() + ADAMW_COPIES * trained + 2 * LOGITS_AT_ONCE * 4
+    trained = sum(parallel.local(p).numel() * p.element_size() for p in parameters.values())
+    gathered = body.gathered_bytes if isinstance(body, ShardedBody) else 0
+    return resident_bytes() + ADAMW_COPIES * trained + gathered + 2 * LOGITS_AT_ONCE * 4

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from tunesmith.tree.heads import Entries, Head, Scores, head_of
 from tunesmith.tree.layout import TokenTree
 from tunesmith.types import TokenizedExample
 
+T = TypeVar("T")
+
 
 class Body(Protocol):
     """A decoder without its head, over a tree. Differentiable in its parameters and in the prefix's keys and values.
@@ -26,6 +28,7 @@ class Body(Protocol):
 
     model: PreTrainedModel
     device: torch.device
+    sharded: bool  # each worker holds a part of the weights, so all make the same passes
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]: ...
@@ -39,9 +42,15 @@ class Body(Protocol):
         """Hidden states of `rows` [rows, hidden], and with `record` the tree's own keys and values."""
         ...
 
+    def compute(self, work: Callable[[], T]) -> T:
+        """Do `work`, which runs the body and its head, with their weights in place."""
+        ...
+
 
 class ModuleBody:
     """Any prepared model, through its own modules."""
+
+    sharded = False
 
     def __init__(self, model: PreTrainedModel, parameters: Sequence[nn.Parameter] = ()) -> None:
         self.model, self.device, self.parameters = model, model.device, parameters
@@ -58,6 +67,9 @@ class ModuleBody:
         positions = torch.as_tensor(tree.position_ids, device=self.device)
         hidden = run_body(self.model, ids, positions, context)
         return hidden.index_select(0, rows), context.recorded
+
+    def compute(self, work: Callable[[], T]) -> T:
+        return work()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The training loop: one for every method. The loss returns a sum; the loop divides by the step's weight.
+"""The training loop: one for every method. The loss returns a sum, which is divided by the step's weight.
 
-For every step: forward and backward of its micro-batches, clip, update, report; now and then evaluate and save. All
+For every step: its gradient (train/gradient.py), clip, update, report; now and then evaluate and save. All
 that decides what comes next (parameters, optimiser, progress, random numbers) is in `TrainState`, so that a run
 resumed from one goes on byte for byte as if it had not stopped.
 """
@@ -13,21 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.data.batches import Group, Step
+from tunesmith.data.batches import Step
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe import Train
-from tunesmith.train.forward import Body, run_prefix, run_tree
-from tunesmith.train.lanes import side_by_side
-from tunesmith.train.losses import Loss, LossOutput, SumLoss, Surveyed
+from tunesmith.train import parallel
+from tunesmith.train.forward import Body
+from tunesmith.train.gradient import accumulate, means
+from tunesmith.train.losses import Loss
 from tunesmith.train.optim import adamw, grad_norm, load_state_tensors, lr_at, scale_grads, set_lr, state_tensors
-from tunesmith.tree.attention import PrefixCache
-from tunesmith.tree.layout import TokenTree
 
 BAD_STEPS_IN_A_ROW = 3  # steps without a finite loss and gradient before the run is given up
 
@@ -103,7 +101,8 @@ class TrainResult:
     stopped_early: bool = False  # patience ran out
 
 
-def _nothing(_: object) -> None: ...
+def _nothing(_: object) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -155,87 +154,7 @@ def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
     with torch.no_grad():
         total, metrics = accumulate(body, held_out, loss, backward=False)
     body.model.train(training)
-    return EvalMetrics(step, total / held_out.weight, _means(metrics, held_out))
-
-
-def accumulate(body: Body, step: Step, loss: Loss, *, backward: bool = True) -> tuple[float, dict[str, float]]:
-    """The step's loss and metrics as sums; with `backward` the gradient of loss / weight is added to the parameters."""
-    if isinstance(loss, Surveyed):
-        with torch.no_grad():
-            _, found = accumulate(body, step, loss.survey, backward=False)
-        loss = loss.given(_means(found, step))
-    total, metrics = 0.0, dict[str, float]()
-    results = [each for group in step.groups for each in _run_group(body, step, group, loss, backward)]
-    for value, extra in results:
-        total += value
-        for key, amount in extra.items():
-            metrics[key] = metrics.get(key, 0.0) + amount
-    return total, metrics
-
-
-def _run_group(
-    body: Body, step: Step, group: Group, loss: SumLoss, backward: bool
-) -> list[tuple[float, Mapping[str, float]]]:
-    cache = None if group.prefix is None else run_prefix(body, group.prefix)
-    chosen = [pair for pair in zip(group.trees, group.examples, strict=True) if len(pair[0].rows)]
-    lanes = min(step.lanes, len(chosen))
-    leaves = None if cache is None else cache.leaves()
-    tasks = [_MicroBatch(body, step, *pair, loss, leaves) for pair in chosen]
-    if lanes < 2 or not backward:
-        results = list(side_by_side([partial(task.run, backward) for task in tasks], max(1, lanes)))
-    else:
-        results = []
-        for task, result in zip(tasks, side_by_side([task.run_apart for task in tasks], lanes), strict=True):
-            task.add_gradients()  # at once: it takes as much memory as the adapter
-            results.append(result)
-    if backward and cache is not None and leaves is not None:
-        pairs = zip(cache.tensors(), leaves.tensors(), strict=True)
-        reached = [(t, leaf.grad) for t, leaf in pairs if t.requires_grad and leaf.grad is not None]
-        if reached:
-            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached])
-    return results
-
-
-@dataclass
-class _MicroBatch:
-    """One tree of a step, run in the caller's thread or in a lane. `leaves`: the prefix it stands behind."""
-
-    body: Body
-    step: Step
-    tree: TokenTree
-    chosen: tuple[int, ...]
-    loss: SumLoss
-    leaves: PrefixCache | None
-    gradients: tuple[Tensor | None, ...] = ()
-
-    def run(self, backward: bool) -> tuple[float, Mapping[str, float]]:
-        """Loss and metrics; with `backward` the gradient is added to parameters and leaves."""
-        output = self._output()
-        if backward:
-            (output.total / self.step.weight).backward()
-        return float(output.total.detach()), output.metrics
-
-    def run_apart(self) -> tuple[float, Mapping[str, float]]:
-        """The same, with the gradient kept aside: lanes end in any order, and sums must not depend on it."""
-        output = self._output()
-        self.gradients = torch.autograd.grad(output.total / self.step.weight, self._wanted(), allow_unused=True)
-        return float(output.total.detach()), output.metrics
-
-    def add_gradients(self) -> None:
-        for tensor, grad in zip(self._wanted(), self.gradients, strict=True):
-            if grad is None:
-                continue
-            if tensor.grad is None:  # laid out in memory like its tensor: fused AdamW reads both as they lie
-                tensor.grad = torch.empty_like(tensor).copy_(grad)
-            else:
-                tensor.grad.add_(grad)
-        self.gradients = ()
-
-    def _output(self) -> LossOutput:
-        return self.loss(run_tree(self.body, self.tree, [self.step.examples[i] for i in self.chosen], self.leaves))
-
-    def _wanted(self) -> list[Tensor]:
-        return [*self.body.parameters, *(self.leaves.tensors() if self.leaves is not None else ())]
+    return EvalMetrics(step, total / held_out.weight, means(metrics, held_out))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -316,6 +235,7 @@ class _Run:
 
     def _one_step(self, step: Step) -> None:
         began = time.perf_counter()
+        parallel.seed(self.settings.seed, step.index)
         for parameter in self.parameters.values():
             parameter.grad = None
         total, metrics = accumulate(self.body, step, self.loss)
@@ -341,7 +261,7 @@ class _Run:
                 supervised_tokens=step.supervised_tokens,
                 seconds=time.perf_counter() - began,
                 peak_memory_bytes=peak_memory_bytes(self.body.device),
-                measures=_means(metrics, step),
+                measures=means(metrics, step),
                 skipped=not finite,
             )
         )
@@ -388,10 +308,6 @@ class _Run:
     def _patience_ran_out(self) -> bool:
         patience = self.settings.patience
         return patience is not None and self.progress.evals_without_improvement >= patience
-
-
-def _means(sums: Mapping[str, float], step: Step) -> dict[str, float]:
-    return {name: value / step.weight for name, value in sums.items()}
 
 
 def _rank(score: float | None, loss: float) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tunesmith.train import parallel
+
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -43,11 +45,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The 2-norm of all gradients together; inf or nan where one is."""
+    """The 2-norm of all gradients together, whole where the workers hold parts of them; inf or nan where one is."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
+    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(parallel.local(g)) for g in grads])))
+    return math.sqrt(sum(part**2 for part in parallel.gather(norm))) if parallel.is_sharded(grads[0]) else norm
 
 
 def scale_grads(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -1,0 +1,74 @@
+"""What is kept of a run while it trains: a line of metrics a step, checkpoints; and how a signal ends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from types import FrameType
+
+from tunesmith.progress import Reporter
+from tunesmith.store.runs import Run
+from tunesmith.train import parallel
+from tunesmith.train.checkpoint import save_checkpoint
+from tunesmith.train.loop import EvalMetrics, Hooks, StepMetrics, TrainState
+
+
+class Watch:
+    """Writes metrics and checkpoints as they come, and turns a signal into a request to stop after the step."""
+
+    def __init__(self, run: Run, steps: int, reporter: Reporter) -> None:
+        self._run, self._steps, self._reporter = run, steps, reporter
+        self._asked_to_stop = False
+        self._held_out = ""
+        self._before: dict[int, object] = {}
+
+    def hooks(self) -> Hooks:
+        return Hooks(self._step, self._eval, self._checkpoint, lambda: any(parallel.gather(self._asked_to_stop)))
+
+    def __enter__(self) -> Watch:
+        path = self._run.metrics if parallel.is_first() else os.devnull
+        self._file = open(path, "a", encoding="utf-8")
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # the main thread of a command, not a library's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        self._reporter.say("finishing this step, then saving; a second signal stops at once")
+
+    def _step(self, metrics: StepMetrics) -> None:
+        row = dataclasses.asdict(metrics)
+        measures = row.pop("measures")
+        self._write({**row, **measures})
+        rate = metrics.tokens / metrics.seconds
+        text = f"loss {metrics.loss:.3f}  {rate:.0f} tokens/s{self._held_out}"
+        if metrics.skipped:
+            self._reporter.say(f"step {metrics.step} had a loss or gradient that is not a finite number; skipped")
+        self._reporter.advance(metrics.step, self._steps, text)
+
+    def _eval(self, metrics: EvalMetrics) -> None:
+        row = dataclasses.asdict(metrics)
+        measures = {f"held_out_{name}": value for name, value in row.pop("measures").items()}
+        self._write({**row, **measures})
+        self._held_out = f"  held-out loss {metrics.held_out_loss:.3f}"
+        if metrics.score is not None:
+            self._held_out += f", score {metrics.score:.2f}"
+
+    def _checkpoint(self, state: TrainState) -> None:
+        save_checkpoint(self._run.checkpoints, state)
+
+    def _write(self, row: dict[str, object]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
