@@ -6,7 +6,6 @@ Nothing heavy is imported until a command runs. Progress goes to stderr; stdout 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tunesmith.disk import REFUSALS
 from tunesmith.errors import InputError, InterruptedRun, TunesmithError
 
 if TYPE_CHECKING:
@@ -328,6 +328,7 @@ def _stop(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command; every error a user can meet ends as one sentence and its exit status."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(prog_name="tunesmith")
@@ -336,7 +337,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _stop("interrupted", InterruptedRun.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in REFUSALS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _stop(f"{where}{(error.strerror or 'cannot be written').lower()}; nothing half-written was kept", 2)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -18,18 +22,20 @@ from torch import nn
 
 from tunesmith.chat.display import coloured
 from tunesmith.data.batches import Layout, StepPlan, count_steps, make_step
+from tunesmith.disk import flush, flush_all
 from tunesmith.errors import InputError, InterruptedRun, RefusedError
-from tunesmith.lineage import lineage_of, refuse_changed
+from tunesmith.lineage import Started, lineage_of, resumed
 from tunesmith.models.lora import LoraModel, Routing, add_new_adapter, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
+from tunesmith.stopping import resume_command
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
 from tunesmith.train.annotate import load_columns, save_columns, with_columns
 from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from tunesmith.train.estimate import choose_layout, estimate, memory_limit
+from tunesmith.train.estimate import choose_layout, estimate, fits_again, memory_limit
 from tunesmith.train.forward import Body
 from tunesmith.train.loop import EvalMetrics, Hooks, Progress, StepMetrics, TrainState, evaluate, train
 from tunesmith.train.methods import Method, method_of
@@ -77,22 +83,25 @@ def fit(
     `accept` judges what was written before it gets its name, and raises RefusedError where it must not be used.
     `score` measures the weights in memory at every evaluation; the best evaluation is then the one it says.
     """
-    lineage = lineage_of(ready)
+    state = load_newest(run.checkpoints, reporter.say) if resume else None
+    lineage, unlike = lineage_of(ready, trainable.layout, trainable.memory_limit), None
     if resume and run.lineage.exists():
-        refuse_changed(run, lineage)
+        lineage, unlike = resumed(run, lineage, state.progress.step if state else 0)
+    if unlike is not None:
+        reporter.say(unlike)
     write_text(run.recipe, ready.recipe.to_yaml())
     write_json(run.lineage, lineage)
     write_json(run.plan, plan.to_json())
     show_first(ready, reporter)
     method, steps, sample = _annotated(ready, trainable, run, reporter)
     settings = ready.recipe.train
-    state = load_newest(run.checkpoints) if resume else None
     _keep_metrics(run, state.progress.step if state else 0)
     lr = learning_rate(ready, reporter)
     reporter.stage(f"training, {len(steps)} steps of {settings.batch_examples} examples")
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
     held_out = make_step(0, 0.0, sample, trainable.layout) if sample else None
+    torch.manual_seed(settings.seed)  # whatever was measured before, and whether it was at all
     with _Watch(run, len(steps), reporter) as watch:
         if held_out is not None and not method.has_answers and not read_metrics(run):
             watch.hooks().on_eval(evaluate(trainable.body, held_out, method.loss, 0))  # where training starts from
@@ -112,8 +121,7 @@ def fit(
         )
     if not result.finished:
         raise InterruptedRun(
-            f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n"
-            f"  tunesmith train {run.recipe} --run {run.folder} --resume"
+            f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n  {resume_command(run)}"
         )
     if settings.patience is not None:
         _restore_best(run, result.progress, trainable, reporter)
@@ -159,9 +167,10 @@ def show_first(ready: Prepared, reporter: Reporter) -> None:
         reporter.show(coloured(ready.renderer.pieces(sequence.input_ids.tolist()), sequence.weights.tolist()))
 
 
-def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
+def make_trainable(ready: Prepared, reporter: Reporter, before: Started | None = None) -> Trainable:
     """A new adapter, one to continue from, or every weight of the base; laid out under the memory limit.
 
+    before  how a run that is resumed was computed: it keeps to that, if that still fits
     Raises InputError for a model that can't be run, RefusedError where not even one row at a time fits.
     """
     model, section, settings = ready.base.model, ready.recipe.adapter, ready.recipe.train
@@ -188,10 +197,13 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
         reporter.say(str(abilities.reason))
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
-    limit = memory_limit(ready.recipe.runtime.memory_limit)
     share, together = abilities.share and not dropout, ready.train.together
     if together > 1 and not abilities.share:
         raise InputError(f"{abilities.reason}, and objective {ready.recipe.objective.kind} needs two at a time")
+    kept = None if before is None else _kept_limit(ready, body, parameters, before)
+    if before is not None and kept is not None:
+        return Trainable(lora, adapter, body, parameters, before.layout, kept, save)
+    limit = memory_limit(ready.recipe.runtime.memory_limit)
     layout = choose_layout(
         body, parameters, ready.train.examples, limit, share=share, pack=abilities.share, together=together
     )
@@ -202,6 +214,18 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
             gate="plan",
         )
     return Trainable(lora, adapter, body, parameters, layout, limit, save)
+
+
+def _kept_limit(ready: Prepared, body: Body, parameters: Mapping[str, nn.Parameter], before: Started) -> int | None:
+    """The memory limit under which a resumed run keeps its layout, in bytes; None where it can't.
+
+    A limit that was stated and is no lower than it was held the run before; else all that is free must do.
+    """
+    setting = ready.recipe.runtime.memory_limit
+    limit = memory_limit(setting, share=1.0)
+    if setting != "auto" and limit >= before.memory_limit:
+        limit = memory_limit("auto", share=1.0)
+    return limit if fits_again(body, parameters, step_plan(ready, before.layout, ready.train.examples), limit) else None
 
 
 def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> None:
@@ -216,8 +240,10 @@ def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> 
     except RefusedError as error:
         beside.rename(refused)
         raise RefusedError(f"{error}; it is kept for a look in {refused}", gate=error.gate) from None
+    flush_all(beside)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
+    flush(run.folder)
 
 
 def _save_adapter(ready: Prepared, lora: LoraModel, folder: Path) -> None:
@@ -294,7 +320,9 @@ def _restore_best(run: Run, progress: Progress, trainable: Trainable, reporter: 
     if progress.best_step in (None, progress.step):
         return
     best = load_checkpoint(run.checkpoints / f"step-{progress.best_step}")
-    assert best is not None, "the best checkpoint is kept until the run ends"
+    if best is None:
+        reporter.say(f"the weights of step {progress.best_step} were the best, but are damaged; the last ones are kept")
+        return
     with torch.no_grad():
         for name, parameter in trainable.parameters.items():
             parameter.copy_(best.parameters[name])
@@ -315,23 +343,23 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._file = self._run.metrics.open("a", encoding="utf-8")
-        if (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):  # the main thread of a command, not a library's
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nobody else's
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._file.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked_to_stop:
             raise KeyboardInterrupt
         self._asked_to_stop = True
-        self._reporter.say("finishing this step, then saving; a second signal stops at once")
+        with contextlib.suppress(RuntimeError):  # it may come in the middle of a line
+            self._reporter.say("finishing this step, then saving; a second signal stops at once")
 
     def _step(self, metrics: StepMetrics) -> None:
         row = dataclasses.asdict(metrics)
@@ -352,8 +380,10 @@ class _Watch:
             self._held_out += f", score {metrics.score:.2f}"
 
     def _checkpoint(self, state: TrainState) -> None:
+        os.fsync(self._file.fileno())  # no checkpoint without the rows of its steps
         save_checkpoint(self._run.checkpoints, state)
 
     def _write(self, row: dict[str, object]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        known = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()

@@ -24,6 +24,7 @@ from tunesmith.data_need import measure_need
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
 from tunesmith.home import home
+from tunesmith.lineage import started
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import wrap
@@ -41,8 +42,10 @@ from tunesmith.prove.need import refuse_picture, write_picture
 from tunesmith.prove.page import write_page
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
+from tunesmith.stopping import stopping
 from tunesmith.store.runs import (
     Run,
+    alone,
     create_run,
     find_run,
     read_json,
@@ -109,8 +112,9 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     reporter = reporter or Reporter()
     place = folder or home() / "runs" / recipe.name
     refuse_taken(place, resume=resume)
-    ready, report = _prepare(recipe, reporter)
-    trainable = make_trainable(ready, reporter)
+    before = started(Run(place), recipe) if resume else None
+    ready, report = _prepare(recipe, reporter, before.threads if before else None)
+    trainable = make_trainable(ready, reporter, before)
     planned = plan_run(ready, trainable)
     reporter.say(planned.sentence())
     if not planned.fits:
@@ -120,10 +124,11 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     for note in surprises:
         reporter.say(f"{note.rule}: {note.reason}; {note.remedy}")
     run = create_run(place, resume=resume)
-    write_json(run.data_report, report.with_notes(surprises).to_json())
-    accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run, reporter.say)
-    mean = None if score is None else score.mean
-    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
+    with alone(run), stopping(run):
+        write_json(run.data_report, report.with_notes(surprises).to_json())
+        accept = publication_gate(ready, trainable.lora, trainable.adapter, trainable.body, run, reporter.say)
+        mean = None if score is None else score.mean
+        fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
     return run
 
 
@@ -216,10 +221,15 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
     return out
 
 
-def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
-    """Read, gate and tokenise. Raises RefusedError where the gate blocks."""
+def _prepare(recipe: Recipe, reporter: Reporter, threads: int | None = None) -> tuple[Prepared, DataReport]:
+    """Read, gate and tokenise; with so many `threads` where the recipe leaves it open.
+
+    Raises RefusedError where the gate blocks.
+    """
     if recipe.runtime.threads != "auto":
-        torch.set_num_threads(recipe.runtime.threads)
+        threads = recipe.runtime.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     reporter.stage("data")
     rows = read_and_split(recipe, reporter.say)
     if on_disk(recipe.base.model, recipe.base.revision) is None:

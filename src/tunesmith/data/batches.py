@@ -81,6 +81,8 @@ class Layout:
 
     `lanes` micro-batches may run at a time, and `token_budget` is for all of them together. So many consecutive
     sequences as `together` says are one example (a chosen and a rejected answer) and stay in one micro-batch.
+    `packed`: the frozen weights are packed for faster products. The gradient is the same in every layout but for the
+    order of sums; only the same layout gives the same bytes.
     """
 
     token_budget: int
@@ -88,6 +90,7 @@ class Layout:
     pack: bool = True
     lanes: int = 1
     together: int = 1
+    packed: bool = False
 
 
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:

@@ -1,16 +1,16 @@
 """Checkpoints: a folder with safetensors files and a JSON manifest that holds their hashes. No pickle.
 
 A folder is written beside its place, flushed to the disk and renamed, so that what bears the name `step-N` is whole;
-reading checks the hashes all the same and goes on to the next older one where they do not match.
+reading checks the hashes all the same and goes on to the next older one where they do not match. The learning rate and
+the position in the data are functions of the step, so they need no place of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,29 +18,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tunesmith.disk import flush, os_errors, write_text
 from tunesmith.train.loop import Progress, TrainState
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 PARTS = ("parameters", "optimizer", "random")
 
 
 def save_checkpoint(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
-    """Write `folder/step-N`, then remove all but the newest `keep` and the best. Returns the checkpoint's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `folder/step-N`, then remove all but the newest `keep` and the best. Returns the checkpoint's folder.
+
+    A whole one of that step is left as it is. Raises OSError where it can't be written; the others are untouched then.
+    """
+    folder.mkdir(exist_ok=True)  # never its parents: a run's folder that is gone was taken away
     final = folder / f"step-{state.progress.step}"
-    partial = folder / f".{final.name}.partial"
-    for leftover in (partial, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir()
-    hashes = {part: _write_tensors(partial / f"{part}.safetensors", getattr(state, part)) for part in PARTS}
-    manifest = {"format": FORMAT, "progress": asdict(state.progress), "sha256": hashes}
-    _write(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-    _flush_folder(partial)
-    partial.rename(final)
-    _flush_folder(folder)
-    _remove_old(folder, keep, state.progress.best_step)
+    if load_checkpoint(final) is None:
+        partial = folder / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        hashes = {part: _write_tensors(partial / f"{part}.safetensors", getattr(state, part)) for part in PARTS}
+        progress = asdict(state.progress)
+        manifest = {"format": FORMAT, "progress": progress, "sha256": {**hashes, "progress": _hash_of(progress)}}
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        flush(folder)
+    _remove_others(folder, keep, state.progress)
     return final
 
 
@@ -54,7 +58,7 @@ def load_checkpoint(path: Path) -> TrainState | None:
     """Read one checkpoint; None where it is damaged or not whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] != FORMAT or manifest["sha256"]["progress"] != _hash_of(manifest["progress"]):
             return None
         files = {part: path / f"{part}.safetensors" for part in PARTS}
         if any(_hash(file) != manifest["sha256"][part] for part, file in files.items()):
@@ -65,40 +69,38 @@ def load_checkpoint(path: Path) -> TrainState | None:
         return None
 
 
-def load_newest(folder: Path) -> TrainState | None:
-    """The newest whole checkpoint, or None where there is none."""
-    states = (load_checkpoint(path) for path in list_checkpoints(folder))
-    return next((state for state in states if state is not None), None)
+def load_newest(folder: Path, say: Callable[[str], None] = lambda _: None) -> TrainState | None:
+    """The newest whole checkpoint, or None where there is none. `say` is told of each that is passed over."""
+    for path in list_checkpoints(folder):
+        state = load_checkpoint(path)
+        if state is not None:
+            return state
+        say(f"{path} is damaged (its files are not those its manifest was written for); going on from one before it")
+    return None
 
 
-def _remove_old(folder: Path, keep: int, best_step: int | None) -> None:
-    for path in list_checkpoints(folder)[keep:]:
-        if path.name != f"step-{best_step}":
+def _remove_others(folder: Path, keep: int, now: Progress) -> None:
+    """All but the newest few and the best; also what lies ahead, which was damaged and passed over."""
+    here = folder / f"step-{now.step}"
+    found = list_checkpoints(folder)
+    behind = found[found.index(here) :]
+    kept = {*behind[:keep], folder / f"step-{now.best_step}"}
+    for path in found:
+        if path not in kept:
             shutil.rmtree(path)
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with os_errors(path):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    flush(path)
     return _hash(path)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hash_of(progress: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:
