@@ -334,8 +334,10 @@ def main() -> None:
         app(prog_name="tunesmith")
     except TunesmithError as error:
         _stop(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _stop("interrupted", InterruptedRun.exit_code)
+    except SystemExit as ended:
+        if ended.code == InterruptedRun.exit_code:  # typer makes this of a KeyboardInterrupt
+            _stop("interrupted", InterruptedRun.exit_code)
+        raise
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

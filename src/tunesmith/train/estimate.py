@@ -85,9 +85,10 @@ def choose_layout(
     On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
     gradient of its own. A fused body packs the frozen weights where that takes little of the memory.
     """
-    packed = isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE
-    if packed:
+    packed = False
+    if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
         body.pack()
+        packed = True
     longest = _longest(rows, together, share=share)
     fitting = fitting_tokens(body, parameters, rows, limit)
     if fitting < longest:
