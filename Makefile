@@ -5,6 +5,7 @@
 #   make test     all tests
 #   make check    format, lint, types
 #   make bench    speed beside the rivals
+#   make chaos    50 trainings killed at random moments and resumed to the byte
 #   make clean    remove what was made here; .venv, other runs and what was fetched stay (make clean-all: those go too)
 
 .DEFAULT_GOAL := help
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 DEMO_RUN := runs/addresses
 
-.PHONY: help setup demo test check bench clean clean-all
+.PHONY: help setup demo test check bench chaos clean clean-all
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +60,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/train.py
+
+chaos: setup
+	$(BIN)/python tests/chaos/kills.py 50
 
 clean:
 	rm -rf build dist $(DEMO_RUN) benchmarks/out examples/*/data .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -6,7 +6,6 @@ Nothing heavy is imported until a command runs. Progress goes to stderr; stdout 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tunesmith.disk import REFUSALS
 from tunesmith.errors import InputError, InterruptedRun, LostWorkerError, TunesmithError
 
 if TYPE_CHECKING:
@@ -335,16 +335,19 @@ def _stop(message: str, code: int, **more: object) -> NoReturn:
 def main() -> None:
     """Run the command; every error a user can meet ends as one sentence and its exit status."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(prog_name="tunesmith")
     except TunesmithError as error:
         lost, gate = isinstance(error, LostWorkerError), getattr(error, "gate", None)
         _stop(str(error), error.exit_code, lost=lost, gate=gate)
-    except KeyboardInterrupt:
-        _stop("interrupted", InterruptedRun.exit_code)
+    except SystemExit as ended:
+        if ended.code == InterruptedRun.exit_code:  # typer makes this of a KeyboardInterrupt
+            _stop("interrupted", InterruptedRun.exit_code)
+        raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in REFUSALS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _stop(f"{where}{(error.strerror or 'cannot be written').lower()}; nothing half-written was kept", 2)

@@ -16,21 +16,23 @@ from torch import nn
 
 from tunesmith.chat.display import coloured
 from tunesmith.data.batches import Layout, StepPlan, count_steps, make_step
+from tunesmith.disk import flush, flush_all
 from tunesmith.errors import InputError, InterruptedRun, RefusedError
-from tunesmith.lineage import lineage_of, refuse_changed
+from tunesmith.lineage import Started, lineage_of, resumed
 from tunesmith.models.lora import LoraModel, Routing, add_new_adapter, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
+from tunesmith.stopping import resume_command
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
 from tunesmith.train import parallel
 from tunesmith.train.annotate import load_columns, save_columns, with_columns
 from tunesmith.train.bodies import make_body
 from tunesmith.train.checkpoint import load_checkpoint, load_newest
-from tunesmith.train.estimate import bytes_per_token, choose_layout, estimate, memory_limit
+from tunesmith.train.estimate import bytes_per_token, choose_layout, estimate, fits_again, memory_limit
 from tunesmith.train.forward import Body, ModuleBody
-from tunesmith.train.loop import Progress, evaluate, train
+from tunesmith.train.loop import Progress, TrainState, evaluate, train
 from tunesmith.train.methods import Method, method_of
 from tunesmith.train.rate import choose_lr
 from tunesmith.train.row_losses import row_losses
@@ -80,12 +82,12 @@ def fit(
     `accept` judges what was written before it gets its name, and raises RefusedError where it must not be used.
     `score` measures the weights in memory at every evaluation; the best evaluation is then the one it says.
     """
+    state = load_newest(run.checkpoints, trainable.parameters, reporter.say) if resume else None
     if parallel.is_first():
-        _note_start(ready, plan, run, resume=resume)
+        _note_start(ready, trainable, plan, run, state, reporter, resume=resume)
     show_first(ready, reporter)
     method, steps, sample = _annotated(ready, trainable, run, reporter)
     settings = ready.recipe.train
-    state = load_newest(run.checkpoints, trainable.parameters) if resume else None
     if parallel.is_first():
         _keep_metrics(run, state.progress.step if state else 0)
     lr = learning_rate(ready, reporter)
@@ -93,6 +95,7 @@ def fit(
     if state is not None:
         reporter.say(f"resumed after step {state.progress.step}")
     held_out = make_step(0, 0.0, sample, trainable.layout) if sample else None
+    torch.manual_seed(settings.seed)  # whatever was measured before, and whether it was at all
     with Watch(run, len(steps), reporter) as watch:
         new = parallel.from_first(lambda: not read_metrics(run))
         if held_out is not None and not method.has_answers and new:
@@ -114,8 +117,7 @@ def fit(
     parallel.wait()  # until what the first worker writes is written
     if not result.finished:
         raise InterruptedRun(
-            f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n"
-            f"  tunesmith train {run.recipe} --run {run.folder} --resume"
+            f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n  {resume_command(run)}"
         )
     if settings.patience is not None:
         _restore_best(run, result.progress, trainable, reporter)
@@ -124,10 +126,21 @@ def fit(
     _publish(run, trainable, accept)
 
 
-def _note_start(ready: Prepared, plan: Plan, run: Run, *, resume: bool) -> None:
-    lineage = lineage_of(ready)
+def _note_start(
+    ready: Prepared,
+    trainable: Trainable,
+    plan: Plan,
+    run: Run,
+    state: TrainState | None,
+    reporter: Reporter,
+    *,
+    resume: bool,
+) -> None:
+    lineage, unlike = lineage_of(ready, trainable.layout, trainable.memory_limit), None
     if resume and run.lineage.exists():
-        refuse_changed(run, lineage)
+        lineage, unlike = resumed(run, lineage, state.progress.step if state else 0)
+    if unlike is not None:
+        reporter.say(unlike)
     write_text(run.recipe, ready.recipe.to_yaml())
     write_json(run.lineage, lineage)
     write_json(run.plan, plan.to_json())
@@ -171,9 +184,10 @@ def show_first(ready: Prepared, reporter: Reporter) -> None:
         reporter.show(coloured(ready.renderer.pieces(sequence.input_ids.tolist()), sequence.weights.tolist()))
 
 
-def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
+def make_trainable(ready: Prepared, reporter: Reporter, before: Started | None = None) -> Trainable:
     """A new adapter, one to continue from, or every weight of the base; laid out under the memory limit.
 
+    before  how a run that is resumed was computed: it keeps to that, if that still fits
     Raises InputError for a model that can't be run, RefusedError where not even one row at a time fits.
     """
     model, section, settings = ready.base.model, ready.recipe.adapter, ready.recipe.train
@@ -200,11 +214,14 @@ def make_trainable(ready: Prepared, reporter: Reporter) -> Trainable:
         reporter.say(str(abilities.reason))
     elif dropout:
         reporter.say("adapter.dropout makes shared prefixes inexact, so every row is computed in full")
-    limit = memory_limit(ready.recipe.runtime.memory_limit)
-    limit //= parallel.local_size()
     share, together = abilities.share and not dropout, ready.train.together
     if together > 1 and not abilities.share:
         raise InputError(f"{abilities.reason}, and objective {ready.recipe.objective.kind} needs two at a time")
+    kept = None if before is None else _kept_limit(ready, body, parameters, before)
+    if before is not None and kept is not None:
+        return Trainable(lora, adapter, body, parameters, before.layout, kept, save, abilities)
+    limit = memory_limit(ready.recipe.runtime.memory_limit)
+    limit //= parallel.local_size()
     shape = {"share": share, "pack": abilities.share, "together": together}
     body, layout = _lay_out(ready, body, parameters, limit, **shape)
     if layout is None:
@@ -240,6 +257,21 @@ def _lay_out(
     return body, replace(first, workers=parallel.size(), sharded=spreads, lanes=1 if spreads else first.lanes)
 
 
+def _kept_limit(ready: Prepared, body: Body, parameters: Mapping[str, nn.Parameter], before: Started) -> int | None:
+    """The memory limit under which a resumed run keeps its layout, in bytes; None where it can't.
+
+    A limit that was stated and is no lower than it was held the run before; else all that is free must do. Another
+    number of workers is another layout, and spread weights are laid out anew.
+    """
+    if before.layout.sharded or before.layout.workers != parallel.size():
+        return None
+    setting = ready.recipe.runtime.memory_limit
+    limit = memory_limit(setting, share=1.0)
+    if setting != "auto" and limit >= before.memory_limit:
+        limit = memory_limit("auto", share=1.0)
+    return limit if fits_again(body, parameters, step_plan(ready, before.layout, ready.train.examples), limit) else None
+
+
 def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> None:
     """Write the result beside, have it judged, then give it its name; what is refused is kept under another.
 
@@ -258,8 +290,10 @@ def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> 
         raise RefusedError(f"{error}; it is kept for a look in {refused}", gate=error.gate) from None
     if not parallel.is_first():
         return
+    flush_all(beside)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
+    flush(run.folder)
 
 
 def _save_adapter(ready: Prepared, lora: LoraModel, folder: Path) -> None:
@@ -340,7 +374,9 @@ def _restore_best(run: Run, progress: Progress, trainable: Trainable, reporter: 
     if progress.best_step in (None, progress.step):
         return
     best = load_checkpoint(run.checkpoints / f"step-{progress.best_step}", trainable.parameters)
-    assert best is not None, "the best checkpoint is kept until the run ends"
+    if best is None:
+        reporter.say(f"the weights of step {progress.best_step} were the best, but are damaged; the last ones are kept")
+        return
     with torch.no_grad():
         for name, parameter in trainable.parameters.items():
             parameter.copy_(best.parameters[name])

@@ -1,4 +1,11 @@
-"""lineage.json: what a run was made from, so that it can be verified, repeated, or refused to be resumed."""
+"""lineage.json: what a run was made from, so that it can be verified, repeated, or refused to be resumed.
+
+    MUST_MATCH   another run, if one of these differs: a resume is refused
+    SAME_BYTES   the same run, and the same bytes only if all of these are the same too
+
+A resumed run keeps to the threads and the layout it was started with, whatever is free now. Where it can't, or where
+another version or processor computes, it goes on, says so, and the lineage notes from which step.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +13,18 @@ import hashlib
 import platform
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunesmith import __version__
+from tunesmith.data.batches import Layout
 from tunesmith.errors import InputError
 from tunesmith.preparation import Prepared
+from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_json
 from tunesmith.types import Example
 
@@ -26,9 +37,32 @@ MUST_MATCH = {
     "base_weights_hash": "the base's weights",
     "chat_template_hash": "the chat template",
 }
+# What must be the same besides, for the same bytes: sums are rounded in the order in which they are computed.
+SAME_BYTES = ("tunesmith", "packages", "processor", "device", "dtype", "threads", "layout")
 
 
-def lineage_of(ready: Prepared) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Started:
+    """How a run that is resumed has been computed so far. `memory_limit` in bytes."""
+
+    threads: int
+    layout: Layout
+    memory_limit: int
+
+
+def started(run: Run, recipe: Recipe) -> Started | None:
+    """How the run was started; None where it had not got that far. Raises InputError where the recipe is another."""
+    if not run.lineage.exists():
+        return None
+    before = read_json(run.lineage)
+    _refuse(run, before, {"recipe_hash": recipe.hash()})
+    try:
+        return Started(before["threads"], Layout(**before["layout"]), before["memory_limit"])
+    except (KeyError, TypeError):  # written by an earlier version
+        return None
+
+
+def lineage_of(ready: Prepared, layout: Layout, memory_limit: int) -> dict[str, Any]:
     """The facts of a run about to start."""
     base, recipe = ready.base, ready.recipe
     return {
@@ -47,9 +81,13 @@ def lineage_of(ready: Prepared) -> dict[str, Any]:
         "device": str(base.device),
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "layout": asdict(layout),
+        "memory_limit": memory_limit,
+        "processor": _processor(),
         "machine": platform.machine(),
         "python": sys.version.split()[0],
         "packages": {name: version(name) for name in PACKAGES},
+        "must_match": {"to_resume": [*MUST_MATCH], "for_the_same_bytes": [*MUST_MATCH, *SAME_BYTES]},
     }
 
 
@@ -61,9 +99,41 @@ def data_hash(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def refuse_changed(run: Run, now: dict[str, Any]) -> None:
-    """Raises InputError where what a run was started with is no longer so."""
+def resumed(run: Run, now: dict[str, Any], step: int) -> tuple[dict[str, Any], str | None]:
+    """The lineage of a run that goes on after `step`, and, where its bytes may now differ, a sentence that says why.
+
+    Raises InputError where it would be another run.
+    """
     before = read_json(run.lineage)
-    for key, what in MUST_MATCH.items():
-        if before.get(key) != now[key]:
+    _refuse(run, before, {key: now[key] for key in MUST_MATCH})
+    changed = {key: [before.get(key), now[key]] for key in SAME_BYTES if before.get(key) != now[key]}
+    if not changed:
+        return before, None
+    what = ", ".join(f"{key} ({_short(*pair)})" for key, pair in changed.items())
+    note = {"after_step": step, "changed": changed}
+    return {**before, "resumed": [*before.get("resumed", ()), note]}, (
+        f"not as this run was started: {what}; what comes is that of an uninterrupted run to rounding, not to the byte"
+    )
+
+
+def _refuse(run: Run, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in now.items():
+        if before.get(key) != value:
+            what = MUST_MATCH[key]
             raise InputError(f"{what} changed since this run was started; start a new run instead", file=run.folder)
+
+
+def _short(before: Any, now: Any) -> str:
+    """`2 -> 1`; of mappings only what differs."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{before} -> {now}"
+    return ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value)
+
+
+def _processor() -> str:
+    """`Intel(R) Xeon(R) ... (AVX512)`: libraries choose their code by it, and every choice rounds in its own way."""
+    name, facts = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if facts.exists():
+        models = [line for line in facts.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

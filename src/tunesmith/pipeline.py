@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tunesmith.data_need import measure_need
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
 from tunesmith.home import home
+from tunesmith.lineage import Started, started
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import load_base, pick_device
 from tunesmith.models.lora import wrap
@@ -42,8 +44,10 @@ from tunesmith.prove.need import refuse_picture, write_picture
 from tunesmith.prove.page import write_page
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
+from tunesmith.stopping import stopping
 from tunesmith.store.runs import (
     Run,
+    alone,
     create_run,
     find_run,
     read_json,
@@ -111,18 +115,19 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     reporter = reporter or Reporter()
     place = folder or home() / "runs" / recipe.name
     refuse_taken(place, resume=resume)
+    before = started(Run(place), recipe) if resume else None
     if workers.wanted(recipe):
         workers.train_in_workers(recipe, place, resume=resume, reporter=reporter)
     else:
         with parallel.team(pick_device(recipe.runtime.device)):
-            _train(recipe, place, resume, reporter)
+            _train(recipe, place, before, resume, reporter)
     return Run(place)
 
 
-def _train(recipe: Recipe, place: Path, resume: bool, reporter: Reporter) -> None:
+def _train(recipe: Recipe, place: Path, before: Started | None, resume: bool, reporter: Reporter) -> None:
     """In this process, which may be one of several."""
-    ready, report = _prepare(recipe, reporter)
-    trainable = make_trainable(ready, reporter)
+    ready, report = _prepare(recipe, reporter, before.threads if before else None)
+    trainable = make_trainable(ready, reporter, before)
     planned = plan_run(ready, trainable)
     reporter.say(planned.sentence())
     if not planned.fits:
@@ -140,13 +145,15 @@ def _train(recipe: Recipe, place: Path, resume: bool, reporter: Reporter) -> Non
     run = Run(place)
     if parallel.is_first():
         create_run(place, resume=resume)
-        write_json(run.data_report, report.with_notes(surprises).to_json())
     parallel.wait()
-    what = (trainable.lora, trainable.adapter, trainable.body, trainable.abilities)
-    accept = publication_gate(ready, *what, run, reporter.say)
-    mean = None if score is None else score.mean
-    fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
-    parallel.wait()  # the first worker publishes
+    with alone(run) if parallel.is_first() else nullcontext(), stopping(run):
+        if parallel.is_first():
+            write_json(run.data_report, report.with_notes(surprises).to_json())
+        what = (trainable.lora, trainable.adapter, trainable.body, trainable.abilities)
+        accept = publication_gate(ready, *what, run, reporter.say)
+        mean = None if score is None else score.mean
+        fit(ready, trainable, planned, run, resume=resume, reporter=reporter, accept=accept, score=mean)
+        parallel.wait()  # the first worker publishes
 
 
 def verify(name: str | Path) -> Parity:
@@ -250,10 +257,15 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
     return out
 
 
-def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
-    """Read, gate and tokenise. Raises RefusedError where the gate blocks."""
+def _prepare(recipe: Recipe, reporter: Reporter, threads: int | None = None) -> tuple[Prepared, DataReport]:
+    """Read, gate and tokenise; with so many `threads` where the recipe leaves it open.
+
+    Raises RefusedError where the gate blocks.
+    """
     if recipe.runtime.threads != "auto":
-        torch.set_num_threads(recipe.runtime.threads)
+        threads = recipe.runtime.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     reporter.stage("data")
     rows = read_and_split(recipe, reporter.say)
     if on_disk(recipe.base.model, recipe.base.revision) is None:

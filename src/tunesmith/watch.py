@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import threading
+from math import isfinite
 from types import FrameType
 
 from tunesmith.progress import Reporter
@@ -30,23 +33,23 @@ class Watch:
     def __enter__(self) -> Watch:
         path = self._run.metrics if parallel.is_first() else os.devnull
         self._file = open(path, "a", encoding="utf-8")
-        if (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):  # the main thread of a command, not a library's
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nobody else's
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._file.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked_to_stop:
             raise KeyboardInterrupt
         self._asked_to_stop = True
-        self._reporter.say("finishing this step, then saving; a second signal stops at once")
+        with contextlib.suppress(RuntimeError):  # it may come in the middle of a line
+            self._reporter.say("finishing this step, then saving; a second signal stops at once")
 
     def _step(self, metrics: StepMetrics) -> None:
         row = dataclasses.asdict(metrics)
@@ -67,8 +70,11 @@ class Watch:
             self._held_out += f", score {metrics.score:.2f}"
 
     def _checkpoint(self, state: TrainState) -> None:
+        if parallel.is_first():
+            os.fsync(self._file.fileno())  # no checkpoint without the rows of its steps
         save_checkpoint(self._run.checkpoints, state)
 
     def _write(self, row: dict[str, object]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        known = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()

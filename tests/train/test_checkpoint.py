@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from tunesmith.train import checkpoint
 from tunesmith.train.checkpoint import MANIFEST, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from tunesmith.train.loop import Progress, TrainState
 
@@ -33,7 +35,7 @@ def test_only_safetensors_and_json_are_written(tmp_path):
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest", "other format"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest", "other format", "progress"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
     save_checkpoint(tmp_path, state(1))
     newest = save_checkpoint(tmp_path, state(2))
@@ -50,10 +52,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
         manifest.write_text(manifest.read_text()[:-9])
     elif damage == "no manifest":
         manifest.unlink()
+    elif damage == "progress":
+        manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
     else:
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     assert load_checkpoint(newest) is None
-    assert load_newest(tmp_path).progress.step == 1
+    said = []
+    assert load_newest(tmp_path, said.append).progress.step == 1
+    assert [sentence.startswith(f"{newest} is damaged") for sentence in said] == [True]
     shutil.rmtree(tmp_path / "step-1")
     assert load_newest(tmp_path) is None
 
@@ -71,6 +77,31 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path):
     for step in range(1, 6):
         save_checkpoint(tmp_path, dataclasses.replace(state(step, best_step=2)), keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-5", "step-4", "step-2"]
+
+
+def test_a_damaged_one_ahead_never_pushes_a_whole_one_out(tmp_path):
+    for step in (1, 2, 9):
+        save_checkpoint(tmp_path, state(step), keep=9)
+    (tmp_path / "step-9" / MANIFEST).unlink()
+    save_checkpoint(tmp_path, state(3), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-3", "step-2"]
+
+
+@pytest.mark.parametrize("saved", [1, 2], ids=["again", "next"])
+def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path, monkeypatch, saved):
+    save_checkpoint(tmp_path, state(1))
+
+    def no_space(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    if saved == 2:
+        with pytest.raises(OSError, match="No space left") as caught:
+            save_checkpoint(tmp_path, state(2))
+        assert caught.value.errno == 28
+    else:
+        save_checkpoint(tmp_path, state(1))
+    assert load_newest(tmp_path).progress.step == 1
 
 
 def test_no_checkpoints_at_all(tmp_path):

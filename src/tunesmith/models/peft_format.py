@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tunesmith.disk import os_errors
 from tunesmith.errors import InputError
-from tunesmith.models.fetch import writing
 from tunesmith.models.lora import LoraModel, LoraWeights
 from tunesmith.recipe import Adapter as AdapterSection
 
@@ -62,14 +62,14 @@ class AdapterFacts:
 def save_adapter(
     lora: LoraModel, name: str, folder: Path, section: AdapterSection, base_name: str, revision: str | None = None
 ) -> None:
-    """Write an adapter; the configuration last, so a folder that has one is whole. Raises InputError, e.g. a full disk.
+    """Write an adapter; the configuration last, so a folder that has one is whole. Raises OSError, e.g. a full disk.
 
     `section` says how scaling is expressed (rslora) and the dropout; ranks come from the weights themselves.
     """
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in lora.parameters(name)}
     assert tensors, f"the model carries no adapter {name}"
     config = _config(lora, name, section, base_name, revision)
-    with writing(folder):
+    with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{WEIGHTS}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})

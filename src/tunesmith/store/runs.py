@@ -6,11 +6,13 @@ at any time: runs under `$TUNESMITH_HOME/runs` are found by looking, the others 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from tunesmith.disk import write_text
 from tunesmith.errors import InputError
 from tunesmith.home import home
 
@@ -146,6 +149,22 @@ def create_run(folder: Path, *, resume: bool) -> Run:
     return run
 
 
+@contextmanager
+def alone(run: Run) -> Iterator[None]:
+    """Keep every other training out of the folder; a killed one lets go. Raises InputError where there is one."""
+    descriptor = os.open(run.folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("another process is training in this folder; stop it first", file=run.folder) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def find_run(name: str) -> Run:
     """A run by folder or by name. Raises InputError where there is none."""
     for candidate in (Path(name), home() / "runs" / name):
@@ -206,19 +225,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: beside, flushed, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _database() -> Path:

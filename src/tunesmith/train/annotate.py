@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tunesmith.data.batches import Layout, make_step
+from tunesmith.disk import flush, os_errors
 from tunesmith.train import parallel
 from tunesmith.train.forward import Batch, Body
 from tunesmith.train.gradient import accumulate
@@ -65,7 +66,9 @@ def with_columns(sequences: Sequence[TokenizedExample], columns: Columns) -> lis
 def save_columns(path: Path, columns: Columns) -> None:
     """Written beside its place and renamed, so that what bears the name is whole."""
     beside = path.with_name(f".{path.name}.partial")
-    save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, beside)
+    with os_errors(beside):
+        save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, beside)
+    flush(beside)
     beside.rename(path)
 
 

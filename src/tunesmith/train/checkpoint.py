@@ -1,16 +1,16 @@
 """Checkpoints: a folder with safetensors files and a JSON manifest that holds their hashes. No pickle.
 
 A folder is written beside its place, flushed to the disk and renamed, so that what bears the name `step-N` is whole;
-reading checks the hashes all the same and goes on to the next older one where they do not match.
+reading checks the hashes all the same and goes on to the next older one where they do not match. The learning rate and
+the position in the data are functions of the step, so they need no place of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,41 +19,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tunesmith.disk import flush, os_errors, write_text
 from tunesmith.train import parallel
 from tunesmith.train.loop import Progress, TrainState
 from tunesmith.train.sharding import read_parts, write_parts
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-RANDOM = "random"
+FORMAT = 2
+RANDOM, PROGRESS = "random", "progress"
 PARTS = ("parameters", "optimizer", RANDOM)
 
 
 def save_checkpoint(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
     """Write `folder/step-N`, then remove all but the newest `keep` and the best. Returns the checkpoint's folder.
 
-    Of several workers the first writes it; where the weights are spread over them, each writes its parts. All call.
+    A whole one of that step is left as it is. Of several workers the first writes it; where the weights are spread over
+    them, each writes its parts. All call. Raises OSError where it can't be written; the others are untouched then.
     """
     final = folder / f"step-{state.progress.step}"
-    partial = folder / f".{final.name}.partial"
-    sharded = any(map(parallel.is_sharded, state.parameters.values()))
+    if load_checkpoint(final, state.parameters) is None:
+        _write(final, state)
     if parallel.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (partial, final):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        partial.mkdir()
-    hashes = _write_parts(partial, state) if sharded else {}
-    if not parallel.is_first():
-        return final
-    for part in (RANDOM,) if sharded else PARTS:
-        hashes[part] = _write_tensors(partial / f"{part}.safetensors", getattr(state, part))
-    manifest = {"format": FORMAT, "progress": asdict(state.progress), "sha256": hashes}
-    _write(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-    _flush_folder(partial)
-    partial.rename(final)
-    _flush_folder(folder)
-    _remove_old(folder, keep, state.progress.best_step)
+        _remove_others(folder, keep, state.progress)
     return final
 
 
@@ -81,21 +68,53 @@ def load_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> Tra
         return None
 
 
-def load_newest(folder: Path, like: Mapping[str, Tensor] | None = None) -> TrainState | None:
-    """The newest whole checkpoint, or None where there is none. `like`: see `load_checkpoint`."""
-    states = (load_checkpoint(path, like) for path in list_checkpoints(folder))
-    return next((state for state in states if state is not None), None)
+def load_newest(
+    folder: Path, like: Mapping[str, Tensor] | None = None, say: Callable[[str], None] = lambda _: None
+) -> TrainState | None:
+    """The newest whole checkpoint, or None where there is none. `like`: see `load_checkpoint`.
+
+    `say` is told of each that is passed over.
+    """
+    for path in list_checkpoints(folder):
+        state = load_checkpoint(path, like)
+        if state is not None:
+            return state
+        say(f"{path} is damaged (its files are not those its manifest was written for); going on from one before it")
+    return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint whose files are those that were written; the workers share the reading of them."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        names = sorted(manifest["sha256"])[parallel.rank() :: parallel.size()]
-        whole = all(_hash(path / f"{name}.safetensors") == manifest["sha256"][name] for name in names)
-        return manifest if whole and manifest["format"] == FORMAT else None
+        hashes = manifest["sha256"]
+        if manifest["format"] != FORMAT or hashes[PROGRESS] != _hash_of(manifest[PROGRESS]):
+            return None
+        names = sorted(hashes.keys() - {PROGRESS})[parallel.rank() :: parallel.size()]
+        return manifest if all(_hash(path / f"{name}.safetensors") == hashes[name] for name in names) else None
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _write(final: Path, state: TrainState) -> None:
+    """Beside, flushed, renamed."""
+    partial = final.with_name(f".{final.name}.partial")
+    sharded = any(map(parallel.is_sharded, state.parameters.values()))
+    if parallel.is_first():
+        final.parent.mkdir(exist_ok=True)  # never its parents: a run's folder that is gone was taken away
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    hashes = _write_parts(partial, state) if sharded else {}
+    if not parallel.is_first():
+        return
+    for part in (RANDOM,) if sharded else PARTS:
+        hashes[part] = _write_tensors(partial / f"{part}.safetensors", getattr(state, part))
+    progress = asdict(state.progress)
+    manifest = {"format": FORMAT, PROGRESS: progress, "sha256": {**hashes, PROGRESS: _hash_of(progress)}}
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    flush(final.parent)
 
 
 def _write_parts(folder: Path, state: TrainState) -> dict[str, str]:
@@ -105,34 +124,28 @@ def _write_parts(folder: Path, state: TrainState) -> dict[str, str]:
     return dict(parallel.gather([path.stem, _hash(path)]))
 
 
-def _remove_old(folder: Path, keep: int, best_step: int | None) -> None:
-    for path in list_checkpoints(folder)[keep:]:
-        if path.name != f"step-{best_step}":
+def _remove_others(folder: Path, keep: int, now: Progress) -> None:
+    """All but the newest few and the best; also what lies ahead, which was damaged and passed over."""
+    here = folder / f"step-{now.step}"
+    found = list_checkpoints(folder)
+    behind = found[found.index(here) :]
+    kept = {*behind[:keep], folder / f"step-{now.best_step}"}
+    for path in found:
+        if path not in kept:
             shutil.rmtree(path)
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with os_errors(path):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    flush(path)
     return _hash(path)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hash_of(progress: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:

@@ -28,6 +28,7 @@ from tunesmith.types import TokenizedExample
 LARGEST_BUDGET = 1280  # tokens computed at a time, a longer row aside: beyond that products get no faster
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
+AUTO_SHARE = 0.8  # of the memory that is free
 PACKED_SHARE = 3  # a third of the memory
 FEW_LEARN = 4  # at most a quarter of the weights
 ADAMW_COPIES = 3  # gradient and two moments
@@ -49,10 +50,10 @@ class Estimate:
     fits: bool
 
 
-def memory_limit(setting: str) -> int:
-    """`runtime.memory_limit` in bytes; auto is four fifths of what this machine has available now."""
+def memory_limit(setting: str, share: float = AUTO_SHARE) -> int:
+    """`runtime.memory_limit` in bytes; auto is a share of what this machine has available now."""
     if setting == "auto":
-        return int(0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + resident_bytes()
+        return int(share * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + resident_bytes()
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = setting.upper().rstrip("KMGIB ")
     return int(float(number) * units.get(setting.upper().removeprefix(number).strip(), 1))
@@ -86,8 +87,10 @@ def choose_layout(
     On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
     gradient of its own. A fused body packs the frozen weights where that takes little of the memory.
     """
+    packed = False
     if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
         body.pack()
+        packed = True
     longest = _longest(rows, together, share=share)
     fitting = fitting_tokens(body, parameters, rows, limit)
     if fitting < longest:
@@ -97,7 +100,18 @@ def choose_layout(
     lanes = 1
     if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
         lanes = min(torch.get_num_threads(), budget // longest)
-    return Layout(budget, share, pack, lanes, together)
+    return Layout(budget, share, pack, lanes, together, packed)
+
+
+def fits_again(body: Body, parameters: Mapping[str, nn.Parameter], steps: StepPlan, limit: int) -> bool:
+    """Whether the steps fit as the run laid them out when it was started; packs the weights if it did then."""
+    peak = _peak_bytes(body, parameters, _sampled(steps), steps.examples)
+    if not steps.layout.packed:
+        return peak <= limit
+    if not isinstance(body, FusedBody) or peak + body.packed_bytes > limit:
+        return False
+    body.pack()
+    return True
 
 
 def _longest(rows: Sequence[TokenizedExample], together: int, *, share: bool) -> int:
@@ -150,14 +164,12 @@ def estimate(
 
     `annotate`: what goes once over every row that will be seen, before training.
     """
-    sampled = [steps[i * len(steps) // count] for count in (min(SAMPLED_STEPS, len(steps)),) for i in range(count)]
+    sampled = _sampled(steps)
     times = len(steps) / len(sampled)
     computed = sum(step.computed_tokens for step in sampled) * times
-    largest = max(_held_tokens(group, step.lanes) for step in sampled for group in step.groups)
-    per_token = bytes_per_token(body, steps.examples)
     step_rate, once_rate = _seconds_per_token(body, parameters, sampled[0], steps.layout, loss, annotate)
     epochs = len(steps) * steps.batch_examples * steps.layout.together / len(steps.examples)
-    peak = _fixed_bytes(body, parameters) + largest * per_token
+    peak = _peak_bytes(body, parameters, sampled, steps.examples)
     return Estimate(
         steps=len(steps),
         tokens=round(sum(step.tokens for step in sampled) * times),
@@ -165,11 +177,24 @@ def estimate(
         supervised_tokens=round(sum(step.supervised_tokens for step in sampled) * times),
         seconds=computed * (step_rate + once_rate / max(1.0, epochs)),
         peak_bytes=peak,
-        bytes_per_token=per_token,
+        bytes_per_token=bytes_per_token(body, steps.examples),
         token_budget=steps.layout.token_budget,
         memory_limit=limit,
         fits=peak <= limit,
     )
+
+
+def _sampled(steps: StepPlan) -> list[Step]:
+    count = min(SAMPLED_STEPS, len(steps))
+    return [steps[i * len(steps) // count] for i in range(count)]
+
+
+def _peak_bytes(
+    body: Body, parameters: Mapping[str, nn.Parameter], steps: Sequence[Step], rows: Sequence[TokenizedExample]
+) -> int:
+    """The most memory that these steps take, as they are laid out."""
+    largest = max(_held_tokens(group, step.lanes) for step in steps for group in step.groups)
+    return _fixed_bytes(body, parameters) + largest * bytes_per_token(body, rows)
 
 
 def _held_tokens(group: Group, lanes: int) -> int:
