@@ -126,6 +126,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
     memory_limit: str | Auto = "auto"  # "4GB", "800MB"
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None  # of this machine, in any currency
 
 
 class Recipe(Section):
