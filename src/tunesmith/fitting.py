@@ -151,7 +151,8 @@ def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
     method = method_of(ready.recipe.objective)
     steps = step_plan(ready, trainable.layout, ready.train.examples)
     limit = trainable.memory_limit
-    return Plan(estimate(trainable.body, trainable.parameters, steps, method.loss, method.annotate, limit=limit))
+    found = estimate(trainable.body, trainable.parameters, steps, method.loss, method.annotate, limit=limit)
+    return Plan(found, price_per_hour=ready.recipe.runtime.price_per_hour)
 
 
 def step_plan(ready: Prepared, layout: Layout, examples: Sequence[TokenizedExample]) -> StepPlan:

@@ -13,10 +13,15 @@ from tunesmith.train.estimate import Estimate
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An estimate of training, for a person and for plan.json. `need`: how much data, where that was measured."""
+    """An estimate of training, for a person and for plan.json.
+
+    need            how much data, where that was measured
+    price_per_hour  of this machine, where the recipe says one
+    """
 
     estimate: Estimate
     need: Need | None = None
+    price_per_hour: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -24,16 +29,22 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The contract's plan.json, before the run."""
-        facts = {"predicted": asdict(self.estimate), "fits": self.fits}
+        predicted = {**asdict(self.estimate), "money": self.money(self.estimate.seconds)}
+        facts = {"predicted": predicted, "fits": self.fits}
         return facts if self.need is None else {**facts, "data_need": self.need.to_json()}
+
+    def money(self, seconds: float) -> float | None:
+        """What so long costs, in the currency of the price."""
+        return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour
 
     def sentence(self) -> str:
         """`plan: 60 steps, 78,000 tokens (61,000 computed), about 5 min, 2.1 GB`."""
-        e = self.estimate
+        e, money = self.estimate, self.money(self.estimate.seconds)
         return (
             f"plan: {e.steps:,} steps, {e.tokens:,} tokens ({e.computed_tokens:,} computed, "
             f"{e.supervised_tokens:,} trained), "
             f"about {_minutes(e.seconds)} of training, {e.peak_bytes / 1e9:.1f} GB at most"
+            + ("" if money is None else f", {money:.2f} at {self.price_per_hour:g} an hour")
         )
 
     def refusal(self) -> str:
@@ -53,13 +64,15 @@ class Plan:
 def record_actual(run: Run, plan: Plan) -> None:
     """Add what the run took, summed over its steps, to plan.json."""
     steps = [row for row in read_metrics(run) if "loss" in row]
+    seconds = _total(steps, "seconds")
     actual = {
         "steps": len(steps),
         "tokens": _total(steps, "tokens"),
         "computed_tokens": _total(steps, "computed_tokens"),
         "supervised_tokens": _total(steps, "supervised_tokens"),
-        "seconds": _total(steps, "seconds"),
+        "seconds": seconds,
         "peak_bytes": max((row["peak_memory_bytes"] for row in steps), default=0),
+        "money": plan.money(seconds),
     }
     write_json(run.plan, {**plan.to_json(), "actual": actual})
 

@@ -129,6 +129,7 @@ class Runtime(Section):
     memory_limit: str | Auto = "auto"  # "4GB", "800MB"
     workers: int = Field(default=1, ge=1)  # processes that share every step
     shard: bool | Auto = "auto"  # spread weights and optimiser over the workers; auto: where every weight is trained
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None  # of this machine, in any currency
 
 
 class Recipe(Section):
