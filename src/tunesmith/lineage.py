@@ -40,6 +40,7 @@ def lineage_of(ready: Prepared) -> dict[str, Any]:
         "base": base.name,
         "base_revision": base.revision,
         "base_weights_hash": base.weights_hash,
+        "quantize": base.quantize,
         "chat_template": ready.renderer.template,
         "chat_template_hash": ready.renderer.template_hash,
         "stop_ids": sorted(ready.renderer.stop_ids),

@@ -207,7 +207,10 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
         shutil.copytree(tuned, out, dirs_exist_ok=True)
         return out
     recipe = Recipe.load(run.recipe)
-    base = load_base(recipe.base.model, revision=recipe.base.revision, dtype=recipe.base.dtype, device="cpu")
+    section = recipe.base
+    base = load_base(
+        section.model, revision=section.revision, dtype=section.dtype, device="cpu", quantize=section.quantize
+    )
     lora = wrap(base.model)
     load_adapter(lora, TUNED, tuned)
     merge(lora, TUNED).save_pretrained(out)

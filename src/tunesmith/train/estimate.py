@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
+from tunesmith.models.quantised import count_weights
 from tunesmith.train.annotate import Annotate, with_columns
 from tunesmith.train.bodies import FusedBody
 from tunesmith.train.forward import Body, run_tree
@@ -82,16 +83,17 @@ def choose_layout(
     """How steps are laid out under `limit` bytes; None where not even the longest example fits.
 
     On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
-    gradient of its own. A fused body packs the frozen weights where that takes little of the memory.
+    gradient of its own. A fused body packs the frozen weights where that takes little of the memory; never those of a
+    quantised base, which is asked for to save it.
     """
-    if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
+    if isinstance(body, FusedBody) and not body.dequantised_bytes and body.packed_bytes <= limit // PACKED_SHARE:
         body.pack()
     longest = _longest(rows, together, share=share)
     fitting = fitting_tokens(body, parameters, rows, limit)
     if fitting < longest:
         return None
     budget = min(fitting, max(LARGEST_BUDGET, longest))
-    trained, whole = (sum(p.numel() for p in each) for each in (parameters.values(), body.model.parameters()))
+    trained, whole = sum(p.numel() for p in parameters.values()), count_weights(body.model)
     lanes = 1
     if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
         lanes = min(torch.get_num_threads(), budget // longest)
@@ -204,6 +206,8 @@ def _seconds_per_token(
 
 
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
-    """What does not grow with the micro-batch: what is held now, AdamW's copies, and the slice of logits."""
+    """What does not grow with the micro-batch: what is held now, AdamW's copies, the slice of logits, and what every
+    thread dequantises of a quantised base."""
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    return resident_bytes() + ADAMW_COPIES * trained + 2 * LOGITS_AT_ONCE * 4
+    dequantised = body.dequantised_bytes * torch.get_num_threads() if isinstance(body, FusedBody) else 0
+    return resident_bytes() + ADAMW_COPIES * trained + 2 * LOGITS_AT_ONCE * 4 + dequantised
