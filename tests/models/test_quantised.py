@@ -66,7 +66,8 @@ def test_nf4_is_bitsandbytes_nf4(shape, spread, dtype) -> None:
     assert torch.equal(ours.scales, state.state2.absmax)
     assert torch.equal(ours.mean, state.offset)
     state.dtype = torch.float32
-    assert torch.equal(numbers(ours), functional.dequantize_4bit(codes, state))
+    with torch.compiler.set_stance("force_eager"):  # it would compile what it does for odd shapes
+        assert torch.equal(numbers(ours), functional.dequantize_4bit(codes, state))
 
 
 def test_nf4_takes_about_half_a_byte_a_weight() -> None:
@@ -138,12 +139,13 @@ def test_lora_over_a_quantised_linear_learns_as_over_its_numbers(name, how) -> N
         lora = adapted(dequantised(model) if plain else model)
         parameters = dict(lora.parameters("a"))
         for layout in (Layout(1000), Layout(90), Layout(1000, lanes=2)):
-            for body in (ModuleBody(model), make_body(model, lora, "a")):
+            for body in (ModuleBody(model, list(parameters.values())), make_body(model, lora, "a")):
                 assert isinstance(body, FusedBody | ModuleBody)
                 total, _ = accumulate(body, make_step(0, 1.0, ROWS, layout), sft)
-                expected, wanted = found.setdefault("first", (total, gradients(parameters)))
+                got = gradients(parameters)
+                expected, wanted = found.setdefault("first", (total, got))
                 assert total == pytest.approx(expected, rel=1e-10)
-                assert worst_error(wanted, gradients(parameters)) < 1e-9
+                assert worst_error(wanted, got) < 1e-9
     assert isinstance(body, FusedBody) is (name in ("llama", "qwen2", "phi3"))
 
 

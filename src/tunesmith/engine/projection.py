@@ -87,9 +87,10 @@ class DequantisedLinear:
     def __init__(self, linears: Sequence[QuantisedLinear], scratch: Workspace) -> None:
         self._linears, self._scratch = linears, scratch
         self._out, self._in = sum(linear.out_features for linear in linears), linears[0].in_features
-        biased = any(linear.bias is not None for linear in linears)
-        biases = [torch.zeros(each.out_features) if each.bias is None else each.bias.detach() for each in linears]
-        self._bias = torch.cat(biases) if biased else None
+        biases: list[tuple[Tensor | None, int]] = [(each.bias, each.out_features) for each in linears]
+        self._bias = None
+        if any(bias is not None for bias, _ in biases):
+            self._bias = torch.cat([torch.zeros(width) if bias is None else bias.detach() for bias, width in biases])
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], new."""
@@ -104,9 +105,10 @@ class Projection:
         """`scratch` is where quantised weights are dequantised at every call."""
         bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         self._biases = [base.bias for base in bases]
-        self.quantised = all(isinstance(base, QuantisedLinear) for base in bases)
-        if self.quantised:
-            self._packed: PackedLinear | DequantisedLinear = DequantisedLinear(bases, scratch)
+        quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
+        self.quantised = bool(quantised)
+        if quantised:
+            self._packed: PackedLinear | DequantisedLinear = DequantisedLinear(quantised, scratch)
         else:
             self._packed = PackedLinear([base.weight for base in bases], self._biases)
         self._merged: tuple[str, PackedLinear | DequantisedLinear] | None = None  # with one adapter in the weights

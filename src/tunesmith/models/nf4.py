@@ -85,7 +85,9 @@ def _quantise_scales(values: Tensor) -> tuple[Tensor, Tensor]:
     blocks, absmax = _blocks(values, SCALE_BLOCK)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)[: len(values)]
     places = ((scaled + 1.0) * ((BINS - 1) / 2) + 0.5).int().clamp_(0, BINS - 1)
-    return _nearest_codes(values.device)[places], absmax
+    codes = _nearest_codes(values.device)[places]
+    codes[(absmax == 0).repeat_interleave(SCALE_BLOCK)[: len(codes)]] = 0  # any code is right there; this is theirs
+    return codes, absmax
 
 
 @cache

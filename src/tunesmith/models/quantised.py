@@ -38,9 +38,11 @@ class QuantisedLinear(nn.Module):
     def __init__(self, stored: Stored, linear: nn.Linear | Conv1D, how: Quantize, dtype: torch.dtype) -> None:
         """In place of `linear`, whose bias it takes over. `how` is the recipe's name for it."""
         super().__init__()
-        self.stored, self.how, self.dtype = stored, how, dtype
-        self.out_features, self.in_features = stored.shape
-        self.bias = linear.bias
+        self.stored, self.dtype = stored, dtype
+        self.how: Quantize = how
+        self.out_features: int = stored.shape[0]
+        self.in_features: int = stored.shape[1]
+        self.bias: nn.Parameter | None = linear.bias
         self._of_conv = isinstance(linear, Conv1D)  # which keeps [in, out]
 
     @property
@@ -114,7 +116,8 @@ def quantised_linears(model: PreTrainedModel) -> list[QuantisedLinear]:
 
 def quantisation(model: PreTrainedModel) -> Quantize | None:
     """How a base's linears are kept; None where they are plain numbers."""
-    return next((module.how for module in model.modules() if isinstance(module, QuantisedLinear)), None)
+    found = quantised_linears(model)
+    return found[0].how if found else None
 
 
 def count_weights(model: PreTrainedModel) -> int:
