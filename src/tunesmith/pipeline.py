@@ -27,6 +27,7 @@ from tunesmith.home import home
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import wrap
+from tunesmith.models.memory import release_memory
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
 from tunesmith.parity import Parity, publication_gate
@@ -51,7 +52,6 @@ from tunesmith.store.runs import (
     write_json,
     write_text,
 )
-from tunesmith.train.estimate import release_memory
 from tunesmith.train.methods import method_of
 
 

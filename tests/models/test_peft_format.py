@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_llama as tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+import tiny_llama as tiny
 from tunesmith.errors import InputError
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import LoraModel, add_new_adapter, wrap

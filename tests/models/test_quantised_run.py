@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import TOKENS, write_model
 
 import tiny_llama
 import tunesmith
-from gguf_files import TOKENS, write_model
 from tunesmith import Engine, Request
 from tunesmith.conversation import open_conversation
 from tunesmith.errors import InputError

@@ -17,6 +17,7 @@ from tunesmith.models.gguf import GGUFFile, read_blocks, read_config
 from tunesmith.models.gguf_blocks import KINDS, Blocks
 from tunesmith.models.int8 import Int8
 from tunesmith.models.lora import linears
+from tunesmith.models.memory import trim_heap
 from tunesmith.models.nf4 import Nf4
 from tunesmith.models.quantised import QuantisedLinear, Stored, quantised_linears
 from tunesmith.recipe import Quantize
@@ -40,8 +41,11 @@ def quantise(model: PreTrainedModel, how: Quantize, dtype: torch.dtype, source: 
         assert stored.shape == tuple(matrix.shape)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, QuantisedLinear(stored, linear, how, dtype))
+        del linear, matrix
+        trim_heap()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype, copy=True)  # a copy lets the mapped weights file go
+    trim_heap()
 
 
 def stored_type(folder: Path) -> torch.dtype | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import resource
 import time
@@ -61,13 +59,6 @@ def resident_bytes() -> int:
     """Memory this process holds now."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def release_memory() -> None:
-    """Give what is no longer used back to the system: glibc keeps it, and the proof needs room for an engine."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def choose_layout(
