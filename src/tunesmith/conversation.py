@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import Answer, Request
 from tunesmith.errors import InputError
+from tunesmith.recipe import Quantize
 from tunesmith.store.runs import locate
 from tunesmith.types import Message
 
@@ -34,6 +35,7 @@ class Conversation:
     temperature: float
     max_tokens: int
     adapter: str | None = None
+    quantize: Quantize | None = None  # of the base
     system: str | None = None
     beside: bool = False
     adapters: set[str] = field(default_factory=set)
@@ -66,6 +68,11 @@ class Conversation:
                 raise InputError(f'"{name}" is no adapter and no run with one; known here: {known}')
             if found.base != self.base:
                 raise InputError(f'"{name}" stands on {found.base}, not on {self.base}; open it with tunesmith chat')
+            if found.quantize != self.quantize:
+                raise InputError(
+                    f'"{name}" stands on {found.base} {_kept(found.quantize)}, and here it is {_kept(self.quantize)}; '
+                    "open it with tunesmith chat"
+                )
             self.engine.add_adapter(name, found.adapter)
             self.adapters.add(name)
         self.adapter = None if name == NONE else name
@@ -93,11 +100,16 @@ def open_conversation(
 ) -> Conversation:
     """Load what `model` names: a run (folder or name), an adapter folder, or a base. Raises InputError."""
     found = locate(model)
-    talk = Conversation(Engine(found.base), found.base, temperature, max_tokens, beside=beside)
+    engine = Engine(found.base, quantize=found.quantize)
+    talk = Conversation(engine, found.base, temperature, max_tokens, quantize=found.quantize, beside=beside)
     if found.adapter is not None:
         talk.switch(model)
     talk.system = system if system is not None else found.system
     return talk
+
+
+def _kept(quantize: Quantize | None) -> str:
+    return "unquantised" if quantize is None else f"in {quantize}"
 
 
 def answer_facts(talk: Conversation, prompt: str) -> dict[str, Any]:

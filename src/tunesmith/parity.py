@@ -32,7 +32,7 @@ from tunesmith.models.lora import LoraModel, Routing, wrap
 from tunesmith.models.peft_format import CONFIG, load_adapter, read_config
 from tunesmith.preparation import Prepared
 from tunesmith.recipe import Recipe
-from tunesmith.store.runs import Run, find_run, read_json, write_json
+from tunesmith.store.runs import Run, find_run, locate, read_json, write_json
 from tunesmith.train import parallel
 from tunesmith.train.bodies import make_body
 from tunesmith.train.forward import Body, run_tree
@@ -222,7 +222,12 @@ def _same_base(served: _Served, lineage: Mapping[str, Any] | None) -> Check:
         return Check("base", None, "every weight was tuned, so it stands on no base")
     expected, actual = str(lineage["base_weights_hash"]), served.base.weights_hash
     said = f"the weights of {served.base.name} are {actual[:12]}"
-    return Check("base", True, said) if expected == actual else Check("base", False, f"{said}, not {expected[:12]}")
+    if expected != actual:
+        return Check("base", False, f"{said}, not {expected[:12]}")
+    trained, here = lineage.get("quantize"), served.base.quantize
+    if trained != here:
+        return Check("base", False, f"{said}, but quantised as {here or 'nothing'}, not {trained or 'nothing'}")
+    return Check("base", True, said if here is None else f"{said}, in {here}")
 
 
 def _same_template(served: _Served, lineage: Mapping[str, Any] | None) -> Check:
@@ -375,12 +380,18 @@ def _base(run: Run | None, folder: Path) -> LoadedBase:
         named = read_config(folder).get("base_model_name_or_path")
         if not named:
             raise InputError(f"{CONFIG} names no base, so there is nothing to load it on", file=folder)
-        return load_base(str(named))
+        return load_base(str(named), quantize=locate(str(folder)).quantize)
     recipe = Recipe.load(run.recipe)
     if folder == run.model:
         return load_base(str(folder), dtype=recipe.base.dtype, device=recipe.runtime.device)
     section = recipe.base
-    return load_base(section.model, revision=section.revision, dtype=section.dtype, device=recipe.runtime.device)
+    return load_base(
+        section.model,
+        revision=section.revision,
+        dtype=section.dtype,
+        device=recipe.runtime.device,
+        quantize=section.quantize,
+    )
 
 
 def _dtype(base: LoadedBase) -> Any:

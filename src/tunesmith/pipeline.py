@@ -30,6 +30,7 @@ from tunesmith.lineage import Started, started
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import load_base, pick_device
 from tunesmith.models.lora import wrap
+from tunesmith.models.memory import release_memory
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
 from tunesmith.parity import Parity, publication_gate
@@ -57,7 +58,6 @@ from tunesmith.store.runs import (
     write_text,
 )
 from tunesmith.train import parallel
-from tunesmith.train.estimate import release_memory
 from tunesmith.train.methods import method_of
 
 
@@ -248,7 +248,10 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
         shutil.copytree(tuned, out, dirs_exist_ok=True)
         return out
     recipe = Recipe.load(run.recipe)
-    base = load_base(recipe.base.model, revision=recipe.base.revision, dtype=recipe.base.dtype, device="cpu")
+    section = recipe.base
+    base = load_base(
+        section.model, revision=section.revision, dtype=section.dtype, device="cpu", quantize=section.quantize
+    )
     lora = wrap(base.model)
     load_adapter(lora, TUNED, tuned)
     merge(lora, TUNED).save_pretrained(out)

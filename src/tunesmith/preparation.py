@@ -12,6 +12,7 @@ from tunesmith.data.tokenize import Tokenized, tokenize
 from tunesmith.errors import InputError
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
+from tunesmith.models.quantise import describe
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
 from tunesmith.train.methods import method_of
@@ -77,7 +78,10 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
         revision=recipe.base.revision,
         dtype=recipe.base.dtype,
         device=recipe.runtime.device,
+        quantize=recipe.base.quantize,
     )
+    if base.quantize is not None:
+        reporter.say(describe(base.model, base.quantize))
     renderer = Renderer.from_tokenizer(base.tokenizer, stop_ids=base.stop_ids)
     if rows.train and rows.train[0].kind == "chat":
         for note in renderer.notes:

@@ -25,7 +25,7 @@ from tunesmith.prove.sample import sample_items, score_sample
 from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.scoring import choose_scorers, needs_model
 from tunesmith.prove.task import detect_task
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Base, Recipe
 from tunesmith.store.runs import Located, Run, locate, read_json, read_metrics
 from tunesmith.train.estimate import memory_limit
 from tunesmith.types import Example, Item
@@ -142,19 +142,21 @@ def _voices(run: Run, recipe: Recipe, base_hash: str) -> Voices:
     settings: dict[str, Any] = {"dtype": recipe.base.dtype, "device": recipe.runtime.device}
     if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
         settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
-    engine = Engine(recipe.base.model, revision=recipe.base.revision, **settings)
-    result = Located(str(run.model)) if run.tuned() == run.model else Located(recipe.base.model, run.adapter)
-    tuned = {TUNED: _weights(TUNED, result, recipe.base.model, engine, settings)}
+    base = recipe.base
+    engine = Engine(base.model, revision=base.revision, quantize=base.quantize, **settings)
+    whole = run.tuned() == run.model
+    result = Located(str(run.model)) if whole else Located(base.model, run.adapter, quantize=base.quantize)
+    tuned = {TUNED: _weights(TUNED, result, base, engine, settings)}
     for name, found in earlier(recipe).items():
-        tuned[name] = _weights(name, found, recipe.base.model, engine, settings)
+        tuned[name] = _weights(name, found, base, engine, settings)
     return Voices(Weights(engine, None, base_hash), tuned)
 
 
-def _weights(name: str, found: Located, base: str, engine: Engine, settings: dict[str, Any]) -> Weights:
+def _weights(name: str, found: Located, base: Base, engine: Engine, settings: dict[str, Any]) -> Weights:
     """An adapter joins the engine over its base; a model of its own gets its own engine."""
     if found.adapter is None:
         return Weights(Engine(found.base, **settings), None, weights_hash(Path(found.base)))
-    if found.base != base:
-        engine = Engine(found.base, **settings)
+    if (found.base, found.quantize) != (base.model, base.quantize):
+        engine = Engine(found.base, quantize=found.quantize, **settings)
     engine.add_adapter(name, found.adapter)
     return Weights(engine, name, file_hash(found.adapter / WEIGHTS))

@@ -20,6 +20,7 @@ from tunesmith.errors import InputError
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 Auto = Literal["auto"]
+Quantize = Literal["nf4", "int8", "keep"]  # keep: the quantised blocks of the base's own GGUF file
 
 
 class Section(BaseModel):
@@ -30,6 +31,7 @@ class Base(Section):
     model: str = DEFAULT_BASE
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Quantize | None = None
 
 
 class TrainFile(Section):
@@ -161,6 +163,15 @@ class Recipe(Section):
         if not value or any(c in value for c in "/\\\0") or value.startswith("."):
             raise ValueError("a name is a plain word, without slashes or a leading dot")
         return value
+
+    @model_validator(mode="after")
+    def _quantised_weights_stay(self) -> Recipe:
+        if self.base.quantize is not None and self.adapter is None:
+            raise ValueError(
+                f"base.quantize is {self.base.quantize}, but quantised weights can't be tuned; "
+                "give the run an adapter, or take base.quantize out"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -330,7 +341,8 @@ def _as_input_error(error: ValidationError, path: Path, lines: dict[tuple[str, .
     if fault["type"] == "missing":
         return InputError(f'the key "{dotted}" is required', file=path, line=line)
     message = fault["msg"].removeprefix("Value error, ")
-    return InputError(f'"{dotted}": {message[:1].lower()}{message[1:]}', file=path, line=line)
+    said = f'"{dotted}": {message[:1].lower()}{message[1:]}' if dotted else message  # of several keys together
+    return InputError(said, file=path, line=line)
 
 
 def _known_keys(where: tuple[str, ...], objective: str) -> list[str]:

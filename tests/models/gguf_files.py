@@ -48,14 +48,21 @@ TOKENIZER: dict[str, Any] = {
 
 
 def write_model(path: Path, model: PreTrainedModel, architecture: str, **changes: Any) -> Path:
-    """A model as a GGUF file. `changes` replaces metadata keys (dots written as __); None leaves a key out."""
+    """A model as a GGUF file. `changes` replaces metadata keys (dots written as __); None leaves a key out.
+
+    `quantise` names the blocks that matrices are stored in, `tensors` holds more of them.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {**_about(model, architecture), **TOKENIZER}
-    metadata |= {key.replace("__", "."): value for key, value in changes.items() if key != "tensors"}
+    metadata |= {key.replace("__", "."): value for key, value in changes.items() if key not in ("tensors", "quantise")}
     for key, value in metadata.items():
         add(writer, key, value)
+    kind = gguf.GGMLQuantizationType[changes.get("quantise", "F32")]
     for name, weight in tensors(model, architecture).items():
-        writer.add_tensor(name, weight)
+        if weight.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, weight)
     for name, weight in changes.get("tensors", {}).items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()

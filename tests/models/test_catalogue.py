@@ -13,9 +13,9 @@ from pathlib import Path
 
 import packages
 import pytest
-import tiny_llama as tiny
 from gguf_files import write_model
 
+import tiny_llama as tiny
 from tunesmith.errors import InputError
 from tunesmith.models import catalogue, conversion, fetch, folders
 from tunesmith.models.catalogue import CatalogueEntry, list_models, on_disk, pull, remove, resolve

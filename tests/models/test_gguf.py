@@ -8,7 +8,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny_llama
 import torch
 from gguf_files import TOKENIZER, TOKENS, add, write_model
 from safetensors.torch import load_file
@@ -25,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import tiny_llama
 from tunesmith.chat.renderer import Renderer
 from tunesmith.errors import InputError
 from tunesmith.models import conversion

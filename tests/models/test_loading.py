@@ -6,12 +6,12 @@ import json
 import time
 
 import pytest
-import tiny_llama as tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+import tiny_llama as tiny
 from tunesmith.errors import InputError
 from tunesmith.models.loading import load_base, load_tokenizer, pick_device, pick_dtype
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from tunesmith.engine.attention import CacheContext, Span
 from tunesmith.engine.cache import KvSpec, Slots
 from tunesmith.engine.projection import AdapterTables, Mix, Projection, Segment
+from tunesmith.models.fused_layer import Workspace
 from tunesmith.models.lora import LoraModel
 from tunesmith.models.packed import PackedLinear
 from tunesmith.tree.body import run_body
@@ -56,7 +57,7 @@ class PlainBody:
 class PackedLayer:
     """One decoder layer of the Llama kind."""
 
-    def __init__(self, layer: Any, index: int, head_dim: int) -> None:
+    def __init__(self, layer: Any, index: int, head_dim: int, scratch: Workspace) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.head_dim = index, head_dim
         self.scaling: float = attention.scaling
@@ -64,10 +65,10 @@ class PackedLayer:
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [_out_features(part) // head_dim for part in parts]
         self.heads, self.kv_heads = heads[0], heads[1]
-        self.qkv = Projection(*parts)
-        self.output = Projection(attention.o_proj)
-        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
-        self.down = Projection(mlp.down_proj)
+        self.qkv = Projection(*parts, scratch=scratch)
+        self.output = Projection(attention.o_proj, scratch=scratch)
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj, scratch=scratch)
+        self.down = Projection(mlp.down_proj, scratch=scratch)
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         self.width = _out_features(mlp.gate_proj)
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
@@ -101,16 +102,20 @@ class PackedLayer:
 class PackedBody:
     """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards.
 
-    `merge_limit` is the memory, in bytes, that a copy of the weights with one adapter in them may take.
+    A quantised base stays as it is: it is dequantised at every step, one product's weights at a time, and no adapter is
+    merged into it. `merge_limit` is the memory, in bytes, that a copy of the weights with one adapter in them may take.
     """
 
     def __init__(self, model: PreTrainedModel, merge_limit: int = 0) -> None:
         base: Any = model.base_model
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
         head_dim = base.layers[0].self_attn.head_dim
-        self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]
-        self.tables = AdapterTables([each for layer in self._layers for each in layer.projections])
-        self._merges = self.tables.merged_bytes <= merge_limit
+        scratch = Workspace(self._norm.weight.detach())
+        self._layers = [PackedLayer(layer, index, head_dim, scratch) for index, layer in enumerate(base.layers)]
+        projections = [each for layer in self._layers for each in layer.projections]
+        self.tables = AdapterTables(projections)
+        self.quantised = any(projection.quantised for projection in projections)
+        self._merges = not self.quantised and self.tables.merged_bytes <= merge_limit
         self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
         self._last: tuple[Any, Mix] = (None, Mix.of((), 0, {}))  # what the latest mix was made from, and it
 

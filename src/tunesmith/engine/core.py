@@ -51,7 +51,7 @@ class Core:
         self._body: Body = body or PlainBody(lora)
         tables = None if body is None else body.tables
         self.adapters = Adapters(lora, name, tables, settings.adapter_memory_limit)
-        self._head = PackedHead(head) if body is not None else head
+        self._head = PackedHead(head) if body is not None and not body.quantised else head
         self.scheduler = Scheduler(
             spec,
             memory_limit=settings.memory_limit,

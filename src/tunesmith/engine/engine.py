@@ -28,6 +28,7 @@ from tunesmith.engine.request import Answer, Delta, Request
 from tunesmith.errors import InputError
 from tunesmith.models.loading import Device, Dtype, load_base
 from tunesmith.models.lora import LoraModel, wrap
+from tunesmith.recipe import Quantize
 from tunesmith.tree.body import prepare
 
 MAX_BATCH = 64  # sequences in one step
@@ -49,17 +50,19 @@ class Engine:
         revision: str | None = None,
         dtype: Dtype = "auto",
         device: Device | str = "auto",
+        quantize: Quantize | None = None,
         memory_limit: int | None = None,
         adapter_memory_limit: int | None = None,
         max_batch: int = MAX_BATCH,
     ) -> None:
         """`model` is a catalogue name, hub id, folder or .gguf file; adapters are PEFT-format folders by name.
 
-        `system` is the system prompt of conversations without one; `memory_limit` bounds keys and values,
+        `system` is the system prompt of conversations without one; `quantize` as in the recipe: an adapter is answered
+        with over the base it was trained over; `memory_limit` bounds keys and values,
         `adapter_memory_limit` the adapters in memory, in bytes.
         Raises InputError.
         """
-        base = load_base(str(model), revision=revision, dtype=dtype, device=device)
+        base = load_base(str(model), revision=revision, dtype=dtype, device=device, quantize=quantize)
         renderer = Renderer.from_tokenizer(base.tokenizer, default_system=system, stop_ids=base.stop_ids)
         settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True)
         self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, settings)

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.models.fused_layer import Workspace
 from tunesmith.models.lora import LoraLinear, LoraModel
 from tunesmith.models.packed import PackedLinear
+from tunesmith.models.quantised import QuantisedLinear, stack_matrices
 
 Segment = tuple[str, int, int]  # adapter, first row, one past the last
 FIRST_ROOM = 32  # ranks
@@ -78,16 +80,40 @@ class Mix:
         return self._picks[linears, index]
 
 
+class DequantisedLinear:
+    """y = x W^T + b over quantised linears that share their input, dequantised at every call: slower than packed
+    numbers where rows are few, but nothing more is held than one W."""
+
+    def __init__(self, linears: Sequence[QuantisedLinear], scratch: Workspace) -> None:
+        self._linears, self._scratch = linears, scratch
+        self._out, self._in = sum(linear.out_features for linear in linears), linears[0].in_features
+        biases: list[tuple[Tensor | None, int]] = [(each.bias, each.out_features) for each in linears]
+        self._bias = None
+        if any(bias is not None for bias, _ in biases):
+            self._bias = torch.cat([torch.zeros(width) if bias is None else bias.detach() for bias, width in biases])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], new."""
+        weight = stack_matrices(self._linears, self._scratch.take("weight", self._out, self._in))
+        return torch.mm(x, weight.t()) if self._bias is None else torch.addmm(self._bias, x, weight.t())
+
+
 class Projection:
     """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
 
-    def __init__(self, *linears: Any) -> None:
+    def __init__(self, *linears: Any, scratch: Workspace) -> None:
+        """`scratch` is where quantised weights are dequantised at every call."""
         bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         self._biases = [base.bias for base in bases]
-        self._packed = PackedLinear([base.weight for base in bases], self._biases)
-        self._merged: tuple[str, PackedLinear] | None = None  # with one adapter in the weights
+        quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
+        self.quantised = bool(quantised)
+        if quantised:
+            self._packed: PackedLinear | DequantisedLinear = DequantisedLinear(quantised, scratch)
+        else:
+            self._packed = PackedLinear([base.weight for base in bases], self._biases)
+        self._merged: tuple[str, PackedLinear | DequantisedLinear] | None = None  # with one adapter in the weights
         self._linears: tuple[Any, ...] = linears
-        widths = [base.weight.shape[0] for base in bases]
+        widths = [base.out_features for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()
         self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
         self._tables = [torch.zeros(0, width) for width in widths]  # [room, out]: rows of B^T of all adapters

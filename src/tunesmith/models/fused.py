@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, Pass, Workspace
 from tunesmith.models.fused_ops import Norm
 from tunesmith.models.lora import LoraLinear
+from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.models.stacked import Stack
 
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
@@ -105,6 +106,13 @@ class FusedDecoder:
         """What `pack` costs."""
         numbers = sum(s.in_features * s.out_features for layer in self.layers for s in layer.stacks)
         return 2 * numbers * self.slabs.like.element_size()
+
+    @property
+    def dequantised_bytes(self) -> int:
+        """What a thread holds of quantised weights as numbers: one layer's. 0 where they are numbers anyway."""
+        layers = [[s for s in layer.stacks if s.quantised] for layer in self.layers]
+        numbers = max(sum(s.in_features * s.out_features for s in stacks) for stacks in layers)
+        return numbers * self.slabs.like.element_size()
 
     @property
     def bytes_per_token(self) -> int:
@@ -215,7 +223,7 @@ def _parts(module: nn.Module) -> set[str]:
 
 
 def _linears(parent: nn.Module, *names: str) -> list[LoraLinear] | None:
-    """The named children, if all are LoRA over a plain linear."""
+    """The named children, if all are LoRA over a linear of [out, in]."""
     found = [getattr(parent, name, None) for name in names]
-    plain = [m for m in found if isinstance(m, LoraLinear) and isinstance(m.base, nn.Linear)]
+    plain = [m for m in found if isinstance(m, LoraLinear) and isinstance(m.base, nn.Linear | QuantisedLinear)]
     return plain if len(plain) == len(names) else None

@@ -10,8 +10,9 @@ the activation are cheaper to compute again than to fetch from memory.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -67,6 +68,10 @@ class Workspace:
         if buffer is None or buffer.numel() < rows * width:
             buffer = self.buffers[name] = self.like.new_empty(rows * width)
         return buffer[: rows * width].view(rows, width)
+
+    def named(self, name: str) -> Callable[[int, int], Tensor]:
+        """`take` of one buffer."""
+        return partial(self.take, name)
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,11 @@ class FusedLayer:
     def forward(self, here: Pass, kept: Kept, x_next: Tensor, rows: Tensor | None = None) -> None:
         """Fills `kept`, whose x is given, and x_next; with `rows` [tail rows] only those, in that order."""
         geometry, work = self.geometry, here.work
+        qkv = self.qkv.opened(work.named("qkv weight"))
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)
             self.input_norm.forward(kept.x[s], normed)
-            self.qkv.forward(normed, kept.thin[0][s], kept.qkv[s])
+            qkv.forward(normed, kept.thin[0][s], kept.qkv[s])
             q_and_k = kept.qkv[s, : geometry.q + geometry.k]
             if self.head_norms is not None:
                 kept.raw[s] = q_and_k
@@ -146,16 +152,22 @@ class FusedLayer:
         self._tail(work, kept, x_next, rows)
 
     def _tail(self, work: Workspace, kept: Kept, x_next: Tensor, rows: Tensor | None) -> None:
+        o, gate_up, down = self._opened_tail(work)
         x, attended = (kept.x, kept.attended) if rows is None else (kept.x[rows], kept.attended[rows])
         _, h_o, h_gate_up, h_down = kept.thin
         for s in slices(len(x)):
-            self.o.forward(attended[s], h_o[s], kept.mid[s], residual=x[s])
+            o.forward(attended[s], h_o[s], kept.mid[s], residual=x[s])
             normed = work.take("normed", s.stop - s.start, self.gate_up.in_features)
             self.mlp_norm.forward(kept.mid[s], normed)
-            self.gate_up.forward(normed, h_gate_up[s], kept.gate_up[s])
+            gate_up.forward(normed, h_gate_up[s], kept.gate_up[s])
             active = work.take("active", s.stop - s.start, self.geometry.intermediate)
             swiglu(kept.gate_up[s], active)
-            self.down.forward(active, h_down[s], x_next[s], residual=kept.mid[s])
+            down.forward(active, h_down[s], x_next[s], residual=kept.mid[s])
+
+    def _opened_tail(self, work: Workspace) -> tuple[Stack, Stack, Stack]:
+        stacks = {"o": self.o, "gate_up": self.gate_up, "down": self.down}
+        o, gate_up, down = (stack.opened(work.named(f"{name} weight")) for name, stack in stacks.items())
+        return o, gate_up, down
 
     def backward(
         self,
@@ -188,29 +200,31 @@ class FusedLayer:
         self, work: Workspace, kept: Kept, attended: Tensor, dx: Tensor, d_attended: Tensor, grads: dict[int, Tensor]
     ) -> None:
         """dx of the layer's output becomes dx of `mid`; writes the gradient of what attention gave."""
-        o, gate_up, down = StackGradients(self.o), StackGradients(self.gate_up), StackGradients(self.down)
+        o, gate_up, down = self._opened_tail(work)
+        grads_o, grads_gate_up, grads_down = StackGradients(o), StackGradients(gate_up), StackGradients(down)
         _, h_o, h_gate_up, h_down = kept.thin
         for s in slices(len(dx)):
             count, wide = s.stop - s.start, self.geometry.intermediate
             active, d_gate_up = work.take("active", count, wide), work.take("d_gate_up", count, 2 * wide)
-            g = self.down.upstream(dx[s])
-            swiglu_backward(self.down.through(dx[s], g), kept.gate_up[s], active, d_gate_up)
-            down.add(active, h_down[s], dx[s], g)
+            g = down.upstream(dx[s])
+            swiglu_backward(down.through(dx[s], g), kept.gate_up[s], active, d_gate_up)
+            grads_down.add(active, h_down[s], dx[s], g)
             normed = work.take("normed", count, dx.shape[1])
             rstd = self.mlp_norm.forward(kept.mid[s], normed)
-            g = self.gate_up.upstream(d_gate_up)
-            gate_up.add(normed, h_gate_up[s], d_gate_up, g)
-            self.mlp_norm.backward(self.gate_up.through(d_gate_up, g), kept.mid[s], rstd, dx[s])
-            g = self.o.upstream(dx[s])
-            o.add(attended[s], h_o[s], dx[s], g)
-            d_attended[s] = self.o.through(dx[s], g)
-        for gradients in (o, gate_up, down):
+            g = gate_up.upstream(d_gate_up)
+            grads_gate_up.add(normed, h_gate_up[s], d_gate_up, g)
+            self.mlp_norm.backward(gate_up.through(d_gate_up, g), kept.mid[s], rstd, dx[s])
+            g = o.upstream(dx[s])
+            grads_o.add(attended[s], h_o[s], dx[s], g)
+            d_attended[s] = o.through(dx[s], g)
+        for gradients in (grads_o, grads_gate_up, grads_down):
             gradients.collect(grads)
 
     def _qkv_backward(
         self, here: Pass, kept: Kept, d_qkv: Tensor, dx: Tensor, grads: dict[int, Tensor], wants_dx: bool
     ) -> None:
         geometry, gradients = self.geometry, StackGradients(self.qkv)
+        qkv = self.qkv.opened(here.work.named("qkv weight")) if wants_dx else self.qkv
         for s in slices(len(dx)):
             d_q_and_k = d_qkv[s, : geometry.q + geometry.k]
             rotate_(geometry.by_head(d_q_and_k), here.rope[0][s], -here.rope[1][s])
@@ -219,10 +233,10 @@ class FusedLayer:
                     norm.backward_in_place(geometry.by_head(d_q_and_k[:, part]), geometry.by_head(kept.raw[s, part]))
             normed = here.work.take("normed", s.stop - s.start, dx.shape[1])
             rstd = self.input_norm.forward(kept.x[s], normed)
-            g = self.qkv.upstream(d_qkv[s])
+            g = qkv.upstream(d_qkv[s])
             gradients.add(normed, kept.thin[0][s], d_qkv[s], g)
             if wants_dx:
-                self.input_norm.backward(self.qkv.through(d_qkv[s], g), kept.x[s], rstd, dx[s])
+                self.input_norm.backward(qkv.through(d_qkv[s], g), kept.x[s], rstd, dx[s])
         gradients.collect(grads)
 
 

@@ -31,7 +31,8 @@ class Architecture:
     model_type: str
     keys: dict[str, str]  # metadata key without its prefix -> config key
     names: tuple[tuple[str, str], ...]  # pattern in the tensor's name -> its place in transformers
-    rearrange: Rearrange = lambda name, weight, config: weight
+    rows: Rearrange = lambda name, weight, config: weight  # undoes a permutation of rows
+    turn: Rearrange = lambda name, weight, config: weight  # undoes a transposition
     states_head_dim: bool = True
 
 
@@ -97,12 +98,30 @@ def read_weights(file: GGUFFile, config: dict[str, Any]) -> Iterator[tuple[str, 
     for name in file.tensors:
         if name == "rope_freqs.weight":
             continue  # read into the configuration
-        place = name
-        for pattern, replacement in architecture.names:
-            place = re.sub(pattern, replacement, place)
+        place = _place(architecture, name)
         if place == name:
             raise InputError(f"tensor {name} has no place in a {file.architecture} model; {REMEDY}", file=file.path)
-        yield place, architecture.rearrange(name, file.values(name), config)
+        yield place, architecture.turn(name, architecture.rows(name, file.values(name), config), config)
+
+
+def read_blocks(file: GGUFFile, config: dict[str, Any]) -> Iterator[tuple[str, str, Array]]:
+    """Every matrix as (transformers' name, kind of block, bytes [out, bytes of a row]), one at a time.
+
+    Never transposed: also where transformers keeps [in, out].
+    """
+    architecture = _architecture(file)
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 2:
+            rows = np.asarray(tensor.data).reshape(int(tensor.shape[1]), -1).view(np.uint8)
+            yield _place(architecture, name), tensor.tensor_type.name, architecture.rows(name, rows, config)
+
+
+def _place(architecture: Architecture, name: str) -> str:
+    """A tensor's name in transformers; the same name where it has none."""
+    place = name
+    for pattern, replacement in architecture.names:
+        place = re.sub(pattern, replacement, place)
+    return place
 
 
 def _architecture(file: GGUFFile) -> Architecture:
@@ -214,7 +233,7 @@ ARCHITECTURES = {
             "attention.layer_norm_epsilon": "layer_norm_epsilon",
         },
         GPT2_NAMES,
-        _transpose_gpt2,
+        turn=_transpose_gpt2,
         states_head_dim=False,
     ),
 }

@@ -20,7 +20,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tunesmith.errors import InputError
-from tunesmith.models.catalogue import Resolved, resolve
+from tunesmith.models.catalogue import Resolved, gguf_file, resolve
+from tunesmith.models.quantise import quantise, stored_type
+from tunesmith.recipe import Quantize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -39,18 +41,32 @@ class LoadedBase:
     context_length: int  # tokens
     device: torch.device
     stop_ids: frozenset[int]  # the tokens at which the base itself ends an answer
+    quantize: Quantize | None = None  # how its linears are kept
 
 
 def load_base(
-    model: str, *, revision: str | None = None, dtype: Dtype = "auto", device: Device | str = "auto"
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    device: Device | str = "auto",
+    quantize: Quantize | None = None,
 ) -> LoadedBase:
     """Find a base by name (catalogue, hub id, folder, .gguf file), fetch it if needed, and load it.
 
-    `dtype` auto is bfloat16 on a device that computes in it, float32 elsewhere. Raises InputError.
+    `dtype` auto is bfloat16 on a device that computes in it, float32 elsewhere; `quantize` as in the recipe.
+    Raises InputError.
     """
+    blocks = gguf_file(model) if quantize == "keep" else None
     resolved = resolve(model, revision)
     place = pick_device(device)
-    weights = _load_weights(resolved, pick_dtype(dtype, place), place)
+    numbers = pick_dtype(dtype, place)
+    if quantize is None:
+        weights = _load_weights(resolved, numbers)
+    else:
+        weights = _load_weights(resolved, stored_type(resolved.folder) or numbers)
+        quantise(weights, quantize, numbers, blocks)
+    weights.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(resolved.folder)
     _check_vocabulary(weights, tokenizer, resolved.folder)
     return LoadedBase(
@@ -63,6 +79,7 @@ def load_base(
         context_length=_context_length(weights, tokenizer),
         device=place,
         stop_ids=_stop_ids(weights),
+        quantize=quantize,
     )
 
 
@@ -110,7 +127,7 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def _load_weights(resolved: Resolved, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_weights(resolved: Resolved, dtype: torch.dtype) -> PreTrainedModel:
     folder = resolved.folder
     _refuse_quantised(folder)
     transformers_logging.disable_progress_bar()  # a bar for half a second of work only hides what matters
@@ -133,7 +150,7 @@ def _load_weights(resolved: Resolved, dtype: torch.dtype, device: torch.device) 
         raise InputError(
             f"the weights lack {missing[0]} and {len(missing) - 1} more; copy the model again", file=folder
         )
-    return model.to(device).eval().requires_grad_(False)
+    return model
 
 
 def _refuse_quantised(folder: Path) -> None:

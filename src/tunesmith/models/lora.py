@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import InputError
+from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.recipe import Adapter as AdapterSection
 
 
@@ -41,14 +42,16 @@ class LoraWeights:
 class LoraLinear(nn.Module):
     """A frozen linear and the adapters over it. Input [..., tokens, in] with leading dimensions of 1."""
 
-    def __init__(self, base: nn.Linear | Conv1D, routing: Routing) -> None:
+    def __init__(self, base: nn.Linear | Conv1D | QuantisedLinear, routing: Routing) -> None:
         super().__init__()
         self.base = base
         self.routing = routing
         self.adapters: dict[str, LoraWeights] = {}
         self.transposed = isinstance(base, Conv1D)  # Conv1D keeps its weight as [in, out]
-        shape = base.weight.shape
-        self.in_features, self.out_features = (shape[0], shape[1]) if self.transposed else (shape[1], shape[0])
+        if isinstance(base, Conv1D):
+            self.in_features, self.out_features = int(base.nx), int(base.nf)
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         if self._learns_alone(x):
@@ -141,13 +144,13 @@ class LoraModel:
         self.routing.segments = () if adapter is None else ((adapter, 0, 1 << 62),)
 
 
-def linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+def linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D | QuantisedLinear]:
     """Every linear of the model by name, the output head left out (as PEFT's all-linear)."""
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D | QuantisedLinear) and module is not head
     }
 
 
@@ -189,10 +192,9 @@ def add_new_adapter(lora: LoraModel, name: str, section: AdapterSection, seed: i
         layer = lora.layers[target]
         a = torch.empty(section.rank, layer.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        weight = layer.base.weight
         layer.adapters[name] = LoraWeights(
-            a=nn.Parameter(a.to(weight.device)),
-            b=nn.Parameter(torch.zeros(layer.out_features, section.rank, device=weight.device)),
+            a=nn.Parameter(a.to(lora.model.device)),
+            b=nn.Parameter(torch.zeros(layer.out_features, section.rank, device=lora.model.device)),
             scaling=scaling,
             dropout=section.dropout,
         )

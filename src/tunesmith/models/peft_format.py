@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunesmith.disk import os_errors
 from tunesmith.errors import InputError
 from tunesmith.models.lora import LoraModel, LoraWeights
+from tunesmith.models.quantised import quantisation
 from tunesmith.recipe import Adapter as AdapterSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_QUANTIZE = "base_quantize"  # in the metadata of the weights, which PEFT passes over: how the base was quantised
 TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 # Fields of PEFT's configuration that change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -72,7 +74,7 @@ def save_adapter(
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{WEIGHTS}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata=_metadata(lora))
         os.replace(partial, folder / WEIGHTS)
         partial = folder / f".{CONFIG}.partial"
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -83,6 +85,7 @@ def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
     """Put an adapter from disk over the base under `name`. Raises InputError; the base is left as it was then."""
     config = read_config(folder)
     sides = _read_sides(folder)
+    _refuse_other_numbers(lora, folder)
     loaded = {layer: _layer_weights(lora, layer, pair, config, folder) for layer, pair in sides.items()}
     for layer, weights in loaded.items():
         lora.layers[layer].adapters[name] = weights
@@ -153,6 +156,27 @@ def _read_sides(folder: Path) -> dict[str, dict[str, Tensor]]:
     return sides
 
 
+def _metadata(lora: LoraModel) -> dict[str, str]:
+    how = quantisation(lora.model)
+    return {"format": "pt"} if how is None else {"format": "pt", BASE_QUANTIZE: how}
+
+
+def _refuse_other_numbers(lora: LoraModel, folder: Path) -> None:
+    """Raises InputError where the adapter says it was trained over a base quantised otherwise.
+
+    One that says nothing comes from a plain base or from elsewhere, and may be used over any.
+    """
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        trained = (file.metadata() or {}).get(BASE_QUANTIZE)
+    here = quantisation(lora.model)
+    if trained is not None and trained != here:
+        raise InputError(
+            f"the adapter was trained over its base in {trained}, and this base is "
+            f"{'not quantised' if here is None else f'in {here}'}; load the base with quantize {trained}",
+            file=folder,
+        )
+
+
 def _layer_weights(
     lora: LoraModel, layer: str, pair: dict[str, Tensor], config: dict[str, Any], folder: Path
 ) -> LoraWeights:
@@ -171,7 +195,7 @@ def _layer_weights(
             f"{list(expected[0])} and {list(expected[1])} are expected",
             file=folder,
         )
-    device = target.base.weight.device
+    device = lora.model.device
     return LoraWeights(
         a=nn.Parameter(a.to(device)),
         b=nn.Parameter(b.to(device)),

@@ -8,23 +8,43 @@ The base is frozen, so its weights may be packed once for both directions. Only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.models.lora import LoraLinear, LoraWeights
 from tunesmith.models.packed import PackedPair, can_pack, page_out
+from tunesmith.models.quantised import QuantisedLinear, stack_matrices
 
 
 @dataclass(frozen=True)
 class _Member:
-    weight: Tensor  # [out, in]
+    linear: nn.Linear | QuantisedLinear
     bias: Tensor | None
     adapter: LoraWeights | None
     out: slice  # its columns of the stacked output
     ranks: slice  # its columns of the stacked thin product
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]"""
+        return self.linear.weight.detach()
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A dequantised weight, for both directions."""
+
+    weight: Tensor  # [out, in]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight.t())
+
+    def backward(self, dy: Tensor) -> Tensor:
+        return torch.mm(dy, self.weight)
 
 
 class Stack:
@@ -37,21 +57,33 @@ class Stack:
         self.members: list[_Member] = []
         out = rank = 0
         for linear in linears:
-            weights, bias = linear.adapters.get(adapter), linear.base.bias
+            weights, base = linear.adapters.get(adapter), linear.base
+            assert isinstance(base, nn.Linear | QuantisedLinear)
             width, thin = linear.out_features, 0 if weights is None else weights.a.shape[0]
             columns = slice(out, out + width), slice(rank, rank + thin)
-            self.members.append(_Member(linear.base.weight.detach(), bias, weights, *columns))
+            self.members.append(_Member(base, base.bias, weights, *columns))
             out, rank = out + width, rank + thin
         self.in_features, self.out_features, self.rank = linears[0].in_features, out, rank
-        self._packed: PackedPair | None = None
+        self._whole: PackedPair | _Matrix | None = None  # all members' weights together
+        self.quantised = [m.linear for m in self.members if isinstance(m.linear, QuantisedLinear)]
 
     def pack(self) -> None:
         """Lay the weights out for fast products, where they can be: two copies that stand in for the weights."""
-        weights = [member.weight for member in self.members]
-        if all(can_pack(weight) for weight in weights):
-            self._packed = PackedPair(weights)
+        if not self.quantised and all(can_pack(member.weight) for member in self.members):
+            weights = [member.weight for member in self.members]
+            self._whole = PackedPair(weights)
             for weight in weights:
                 page_out(weight)
+
+    def opened(self, scratch: Callable[[int, int], Tensor]) -> Stack:
+        """The stack as it is computed with. Quantised weights are dequantised into `scratch(out, in)`, once for all
+        slices of rows; such a stack holds until the next one takes the same memory. Safe in several threads."""
+        if not self.quantised:
+            return self
+        assert len(self.quantised) == len(self.members), "a base is quantised whole"
+        stack = copy(self)
+        stack._whole = _Matrix(stack_matrices(self.quantised, scratch(self.out_features, self.in_features)))
+        return stack
 
     def down(self) -> Tensor:
         """Every member's A as it is now, [rank, in]."""
@@ -60,12 +92,12 @@ class Stack:
 
     def forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """out = x (W + s B A)^T + bias (+ residual), and h = x A^T."""
-        y = out if self._packed is None else self._packed.forward(x)
+        y = out if self._whole is None else self._whole.forward(x)
         if self.rank:
             torch.mm(x, self.down().t(), out=h)
         for member in self.members:
             own = y[:, member.out]
-            if self._packed is None:
+            if self._whole is None:
                 torch.mm(x, member.weight.t(), out=own)
             if member.bias is not None:
                 own += member.bias
@@ -78,8 +110,8 @@ class Stack:
 
     def through(self, dy: Tensor, g: Tensor) -> Tensor:
         """dx = dy W + g A, new."""
-        if self._packed is not None:
-            dx = self._packed.backward(dy)
+        if self._whole is not None:
+            dx = self._whole.backward(dy)
         else:
             dx = dy.new_zeros(len(dy), self.in_features)
             for member in self.members:
@@ -104,7 +136,8 @@ class StackGradients:
 
     def __init__(self, stack: Stack) -> None:
         self.learning = [(member, member.adapter) for member in stack.members if member.adapter is not None]
-        self.grad_a = stack.members[0].weight.new_zeros(stack.rank, stack.in_features)
+        like = self.learning[0][1].a if self.learning else torch.empty(0)
+        self.grad_a = like.new_zeros(stack.rank, stack.in_features)
         self.grad_b = [adapter.b.new_zeros(adapter.b.t().shape) for _, adapter in self.learning]
 
     def add(self, x: Tensor, h: Tensor, dy: Tensor, g: Tensor) -> None:

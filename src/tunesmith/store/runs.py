@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from tunesmith.disk import write_text
 from tunesmith.errors import InputError
 from tunesmith.home import home
+from tunesmith.recipe import Quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class Located:
     base: str
     adapter: Path | None = None
     system: str | None = None
+    quantize: Quantize | None = None  # how the base under the adapter was quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,8 @@ def locate(model: str) -> Located:
         run = Run(path.resolve().parent)
         if run.exists():
             return _of_run(run)
-        return Located(read_json(path / "adapter_config.json")["base_model_name_or_path"], path)
+        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
+        return Located(base, path, quantize=_quantize_of(path))
     try:
         run = find_run(model)
     except InputError:
@@ -196,7 +200,16 @@ def _of_run(run: Run) -> Located:
     tuned, system = run.tuned(), recipe["data"]["system"]
     if tuned == run.model:
         return Located(str(tuned), None, system)
-    return Located(recipe["base"]["model"], tuned, system)
+    return Located(recipe["base"]["model"], tuned, system, recipe["base"].get("quantize"))
+
+
+def _quantize_of(adapter: Path) -> Quantize | None:
+    """What an adapter without a run says of its base; None too where its weights can't be read, as loading will say."""
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", "numpy") as file:
+            return (file.metadata() or {}).get("base_quantize")
+    except (OSError, SafetensorError):
+        return None
 
 
 def list_runs() -> list[RunSummary]:

@@ -107,6 +107,11 @@ class FusedBody:
     def packed_bytes(self) -> int:
         return self.decoder.packed_bytes + 2 * self.head.weight.numel() * self.head.weight.element_size()
 
+    @property
+    def dequantised_bytes(self) -> int:
+        """What a thread holds of a quantised base as numbers while it computes."""
+        return self.decoder.dequantised_bytes
+
     def __call__(
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False
     ) -> tuple[Tensor, PrefixCache | None]:

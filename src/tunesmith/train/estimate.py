@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import resource
 import time
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
+from tunesmith.models.quantised import count_weights
 from tunesmith.train import parallel
 from tunesmith.train.annotate import Annotate, with_columns
 from tunesmith.train.bodies import FusedBody
@@ -65,13 +64,6 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def release_memory() -> None:
-    """Give what is no longer used back to the system: glibc keeps it, and the proof needs room for an engine."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def choose_layout(
     body: Body,
     parameters: Mapping[str, nn.Parameter],
@@ -85,10 +77,11 @@ def choose_layout(
     """How steps are laid out under `limit` bytes; None where not even the longest example fits.
 
     On a CPU micro-batches run side by side, as many as there are threads, where few weights learn: every lane keeps a
-    gradient of its own. A fused body packs the frozen weights where that takes little of the memory.
+    gradient of its own. A fused body packs the frozen weights where that takes little of the memory; never those of a
+    quantised base, which is asked for to save it.
     """
     packed = False
-    if isinstance(body, FusedBody) and body.packed_bytes <= limit // PACKED_SHARE:
+    if isinstance(body, FusedBody) and not body.dequantised_bytes and body.packed_bytes <= limit // PACKED_SHARE:
         body.pack()
         packed = True
     longest = _longest(rows, together, share=share)
@@ -96,7 +89,7 @@ def choose_layout(
     if fitting < longest:
         return None
     budget = min(fitting, max(LARGEST_BUDGET, longest))
-    trained, whole = (sum(p.numel() for p in each) for each in (parameters.values(), body.model.parameters()))
+    trained, whole = sum(p.numel() for p in parameters.values()), count_weights(body.model)
     lanes = 1
     if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
         lanes = min(torch.get_num_threads(), budget // longest)
@@ -233,7 +226,9 @@ def _seconds_per_token(
 
 
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
-    """What does not grow with the micro-batch: what is held now, AdamW's copies, and the slice of logits."""
+    """What does not grow with the micro-batch: what is held now, AdamW's copies, the slice of logits, what every thread
+    dequantises of a quantised base, and what is gathered of a sharded one."""
     trained = sum(parallel.local(p).numel() * p.element_size() for p in parameters.values())
     gathered = body.gathered_bytes if isinstance(body, ShardedBody) else 0
-    return resident_bytes() + ADAMW_COPIES * trained + gathered + 2 * LOGITS_AT_ONCE * 4
+    dequantised = body.dequantised_bytes * torch.get_num_threads() if isinstance(body, FusedBody) else 0
+    return resident_bytes() + ADAMW_COPIES * trained + gathered + 2 * LOGITS_AT_ONCE * 4 + dequantised

@@ -1,0 +1,24 @@
+"""Eight bits a weight: every output channel has one scale, its largest magnitude over 127."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tunesmith.models.quantised import Stored
+
+
+class Int8(Stored):
+    """A matrix in int8."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        """matrix [out, in], any floating type."""
+        super().__init__()
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        matrix = matrix.float()
+        scale = matrix.abs().amax(1, keepdim=True).div_(127)
+        scale[scale == 0] = 1.0
+        self.register_buffer("codes", (matrix / scale).round_().char(), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def write(self, out: Tensor) -> None:
+        out.view(self.shape).copy_(self.get_buffer("codes")).mul_(self.get_buffer("scale"))
