@@ -60,7 +60,7 @@ class Data(Section):
 
 
 class Adapter(Section):
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "dora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     target_modules: str | tuple[str, ...] = "all-linear"  # a regex when a string other than all-linear

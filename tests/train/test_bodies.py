@@ -21,12 +21,13 @@ TARGETS = {
     "all": "all-linear",
     "some": ("q_proj", "v_proj", "up_proj", "qkv_proj", "down_proj"),
     "upper layer": r".*layers\.1\..*(o_proj|up_proj|gate_up_proj)",
+    "ends": r"lm_head|.*embed_tokens|.*layers\.1\..*up_proj",
 }
 
 
-def adapted(model, target_modules="all-linear", dropout=0.0):
+def adapted(model, target_modules="all-linear", **keys):
     lora = wrap(model)
-    add_new_adapter(lora, "a", Adapter(rank=3, target_modules=target_modules, dropout=dropout), seed=0)
+    add_new_adapter(lora, "a", Adapter(rank=3, target_modules=target_modules, **keys), seed=0)
     torch.manual_seed(1)
     for _, parameter in lora.parameters("a"):
         parameter.data = torch.randn_like(parameter, dtype=model.dtype) * 0.2
@@ -80,9 +81,10 @@ def test_a_model_of_that_shape_but_other_numbers_is_told_apart():
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 
-def test_dropout_goes_through_the_modules():
+@pytest.mark.parametrize("keys", [{"dropout": 0.1}, {"kind": "dora"}], ids=str)
+def test_dropout_and_magnitudes_go_through_the_modules(keys):
     model = make_decoder("llama", torch.float32)
-    lora = adapted(model, dropout=0.1)
+    lora = adapted(model, **keys)
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 

@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import InputError
+from tunesmith.models.dora import gain, lengths
+from tunesmith.models.embedding import LoraEmbedding
 from tunesmith.recipe import Adapter as AdapterSection
+
+EVERY_ROW = 1 << 62
+PARTS = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")  # PEFT's names; an embedding's
 
 
 @dataclass
@@ -36,6 +41,7 @@ class LoraWeights:
     b: nn.Parameter  # [out, rank]
     scaling: float
     dropout: float = 0.0
+    magnitude: nn.Parameter | None = None  # [out]: of DoRA
 
 
 class LoraLinear(nn.Module):
@@ -62,13 +68,24 @@ class LoraLinear(nn.Module):
             if adapter is None:
                 continue
             stop = min(stop, x.shape[-2])
-            rows = F.dropout(x[..., start:stop, :], adapter.dropout, self.training).to(adapter.a.dtype)
-            delta = (F.linear(F.linear(rows, adapter.a), adapter.b) * adapter.scaling).to(y.dtype)
+            delta = self.delta(adapter, x[..., start:stop, :], y[..., start:stop, :])
             if stop - start == x.shape[-2]:
                 y = y + delta
             else:
                 y = torch.cat((y[..., :start, :], y[..., start:stop, :] + delta, y[..., stop:, :]), dim=-2)
         return y
+
+    def delta(self, adapter: LoraWeights, x: Tensor, y: Tensor) -> Tensor:
+        """What an adapter adds to y = W x + bias. x [..., rows, in]; y and the result [..., rows, out]."""
+        rows = F.dropout(x, adapter.dropout, self.training)
+        delta = F.linear(F.linear(rows.to(adapter.a.dtype), adapter.a), adapter.b) * adapter.scaling
+        if adapter.magnitude is not None:
+            weight = self.dense()
+            dropped = self.training and adapter.dropout > 0  # then W x is of what was left of x, as in PEFT
+            plain = F.linear(rows, weight) if dropped else y if self.base.bias is None else y - self.base.bias
+            g = gain(weight, adapter)
+            delta = (g - 1) * plain + g * delta
+        return delta.to(y.dtype)
 
     def _learns_alone(self, x: Tensor) -> bool:
         """A gradient is wanted, one adapter covers every row, and nothing stands between it and the plain formula."""
@@ -78,7 +95,28 @@ class LoraLinear(nn.Module):
         adapter = self.adapters.get(name)
         if adapter is None or start > 0 or stop < x.shape[-2] or not isinstance(self.base, nn.Linear | Conv1D):
             return False
-        return not (adapter.dropout and self.training) and adapter.a.dtype == self.base.weight.dtype == x.dtype
+        if adapter.magnitude is not None or (adapter.dropout and self.training):
+            return False
+        return adapter.a.dtype == self.base.weight.dtype == x.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] as the adapter that every row uses makes it (without dropout): an output head is scored with it."""
+        covering = next((name for name, start, stop in self.routing.segments if start == 0 and stop == EVERY_ROW), None)
+        adapter = None if covering is None else self.adapters.get(covering)
+        if adapter is None:
+            return self.dense()
+        turned = torch.addmm(self.dense().to(adapter.a.dtype), adapter.b, adapter.a, alpha=adapter.scaling)
+        turned = turned if adapter.magnitude is None else gain(self.dense(), adapter)[:, None] * turned
+        return turned.to(self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def dense(self) -> Tensor:
+        """W [out, in], however the base keeps it."""
+        return self.base.weight.t() if self.transposed else self.base.weight
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -122,23 +160,37 @@ class _LoraProduct(torch.autograd.Function):
 
 @dataclass
 class LoraModel:
-    """A base whose linears carry adapters."""
+    """A base whose linears carry adapters, and its two ends, the embedding and the output head."""
 
     model: PreTrainedModel
     routing: Routing
-    layers: dict[str, LoraLinear] = field(default_factory=dict)  # by the linear's name in the base
+    layers: dict[str, LoraLinear] = field(default_factory=dict)  # by the inner linear's name in the base
+    ends: dict[str, LoraLinear | LoraEmbedding] = field(default_factory=dict)
+
+    @property
+    def everywhere(self) -> dict[str, LoraLinear | LoraEmbedding]:
+        """All that can carry an adapter, by name."""
+        return {**self.layers, **self.ends}
+
+    @property
+    def head(self) -> LoraLinear | None:
+        """The output head where it is wrapped."""
+        return next((end for end in self.ends.values() if isinstance(end, LoraLinear)), None)
 
     def parameters(self, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's parameters by PEFT's names, in a fixed order."""
-        for name, layer in self.layers.items():
+        for name, layer in self.everywhere.items():
             weights = layer.adapters.get(adapter)
             if weights is not None:
-                yield f"base_model.model.{name}.lora_A.weight", weights.a
-                yield f"base_model.model.{name}.lora_B.weight", weights.b
+                a, b = PARTS[isinstance(layer, LoraEmbedding)]
+                yield f"base_model.model.{name}.{a}", weights.a
+                yield f"base_model.model.{name}.{b}", weights.b
+                if weights.magnitude is not None:
+                    yield f"base_model.model.{name}.lora_magnitude_vector", weights.magnitude
 
     def use(self, adapter: str | None) -> None:
         """Send every row through one adapter (training, evaluation), or through the base alone."""
-        self.routing.segments = () if adapter is None else ((adapter, 0, 1 << 62),)
+        self.routing.segments = () if adapter is None else ((adapter, 0, EVERY_ROW),)
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
@@ -151,10 +203,14 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     }
 
 
-def target_names(names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
-    """Which of a base's linears a recipe's `target_modules` selects, by PEFT's rules. Raises InputError if none."""
+def target_names(names: list[str], ends: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
+    """Which of a base's modules a recipe's `target_modules` selects, by PEFT's rules. Raises InputError if none.
+
+    `names` are the inner linears; `ends`, the embedding and the head, must be asked for.
+    """
+    inner, names = names, [*names, *ends]
     if target_modules == "all-linear":
-        chosen = names
+        chosen = inner
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
@@ -170,29 +226,50 @@ def target_names(names: list[str], target_modules: str | tuple[str, ...]) -> lis
 
 
 def wrap(model: PreTrainedModel) -> LoraModel:
-    """Put a LoraLinear over every linear of the base and freeze it. Names of base weights gain `.base`."""
+    """Put a LoraLinear over every linear of the base (and its ends) and freeze it. Base weights' names gain `.base`."""
     model.requires_grad_(False)
     lora = LoraModel(model, Routing())
+    ends = {name: module for name, module in model.named_modules() if _is_end(model, module)}
     for name, linear in linears(model).items():
-        layer = LoraLinear(linear, lora.routing)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
-        lora.layers[name] = layer
+        lora.layers[name] = LoraLinear(linear, lora.routing)
+    for name, end in ends.items():
+        lora.ends[name] = (LoraEmbedding if isinstance(end, nn.Embedding) else LoraLinear)(end, lora.routing)  # type: ignore[arg-type]
+    for name, layer in lora.everywhere.items():
+        replace_module(model, name, layer)
     return lora
 
 
+def replace_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _is_end(model: PreTrainedModel, module: nn.Module) -> bool:
+    if module is model.get_input_embeddings():
+        return isinstance(module, nn.Embedding)
+    return module is model.get_output_embeddings() and isinstance(module, nn.Linear)
+
+
 def add_new_adapter(lora: LoraModel, name: str, section: AdapterSection, seed: int) -> None:
-    """A fresh adapter: A Kaiming-uniform, B zero, so the model starts as the base. Deterministic in `seed`."""
+    """A fresh adapter: A Kaiming-uniform, B zero, so the model starts as the base. Deterministic in `seed`.
+
+    Over an embedding it is A that is zero, and B normal, as in PEFT: a token that is not seen stays as it was.
+    """
     generator = torch.Generator().manual_seed(seed)
     scaling = section.alpha / (math.sqrt(section.rank) if section.rslora else section.rank)
-    for target in target_names(list(lora.layers), section.target_modules):
-        layer = lora.layers[target]
-        a = torch.empty(section.rank, layer.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        weight = layer.base.weight
-        layer.adapters[name] = LoraWeights(
-            a=nn.Parameter(a.to(weight.device)),
-            b=nn.Parameter(torch.zeros(layer.out_features, section.rank, device=weight.device)),
+    for target in target_names(list(lora.layers), list(lora.ends), section.target_modules):
+        layer = lora.everywhere[target]
+        a, b = torch.zeros(section.rank, layer.in_features), torch.zeros(layer.out_features, section.rank)
+        if isinstance(layer, LoraEmbedding):
+            nn.init.normal_(b, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        device = layer.base.weight.device
+        adapter = layer.adapters[name] = LoraWeights(
+            a=nn.Parameter(a.to(device)),
+            b=nn.Parameter(b.to(device)),
             scaling=scaling,
             dropout=section.dropout,
         )
+        if section.kind == "dora":
+            adapter.magnitude = nn.Parameter(lengths(layer.dense(), adapter))
