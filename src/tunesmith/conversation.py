@@ -93,9 +93,11 @@ def open_conversation(
 ) -> Conversation:
     """Load what `model` names: a run (folder or name), an adapter folder, or a base. Raises InputError."""
     found = locate(model)
-    talk = Conversation(Engine(found.base), found.base, temperature, max_tokens, beside=beside)
+    adapters = {} if found.adapter is None else {model: found.adapter}
+    talk = Conversation(Engine(found.base, adapters), found.base, temperature, max_tokens, beside=beside)
     if found.adapter is not None:
-        talk.switch(model)
+        talk.adapter = model
+        talk.adapters.add(model)
     talk.system = system if system is not None else found.system
     return talk
 

@@ -29,6 +29,7 @@ from tunesmith.models.loading import load_base
 from tunesmith.models.lora import wrap
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
+from tunesmith.models.vocabulary import adopt
 from tunesmith.parity import Parity, publication_gate
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
@@ -208,6 +209,7 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
         return out
     recipe = Recipe.load(run.recipe)
     base = load_base(recipe.base.model, revision=recipe.base.revision, dtype=recipe.base.dtype, device="cpu")
+    base = adopt(base, tuned)
     lora = wrap(base.model)
     load_adapter(lora, TUNED, tuned)
     merge(lora, TUNED).save_pretrained(out)

@@ -146,7 +146,8 @@ def _weights(name: str, found: Located, base: str, engine: Engine, settings: dic
     """An adapter joins the engine over its base; a model of its own gets its own engine."""
     if found.adapter is None:
         return Weights(Engine(found.base, **settings), None, weights_hash(Path(found.base)))
-    if found.base != base:
-        engine = Engine(found.base, **settings)
-    engine.add_adapter(name, found.adapter)
+    if found.base != base or not engine.speaks_as(found.adapter):
+        engine = Engine(found.base, adapters={name: found.adapter}, **settings)
+    else:
+        engine.add_adapter(name, found.adapter)
     return Weights(engine, name, file_hash(found.adapter / WEIGHTS))

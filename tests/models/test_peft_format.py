@@ -127,15 +127,26 @@ def test_peft_reads_what_tunesmith_writes(kind, section, tmp_path) -> None:
         {"r": 4, "lora_alpha": 8, "use_dora": True, "use_rslora": True, "target_modules": [*ENDS, "up_proj", "c_fc"]},
         {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "wte", "k_proj", "c_attn"]},
         {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": r".*(lm_head|wte|embed_tokens|o_proj)"},
+        {"r": 4, "target_modules": "all-linear", "trainable_token_indices": [5, 9]},
+        {
+            "r": 4,
+            "use_dora": True,
+            "target_modules": ["q_proj", "c_attn"],
+            "trainable_token_indices": {"lm_head": [5], "embed_tokens": [5], "wte": [5]},
+        },
     ],
-    ids=["all-linear", "rslora", "regex", "patterns", "dora", "dora-rslora-ends", "embedding", "ends-regex"],
+    ids=["all-linear", "rslora", "regex", "patterns", "dora", "dora-rslora-ends", "embedding", "ends-regex"]
+    + ["tokens", "tokens-of-both-ends"],
 )
 def test_tunesmith_reads_what_peft_writes_and_writes_it_back(kind, config, tmp_path) -> None:
     model = MODELS[kind]()
+    if isinstance(config.get("trainable_token_indices"), dict):  # PEFT takes no name that is not there
+        tokens = {k: v for k, v in config["trainable_token_indices"].items() if (k == "wte") == (kind == "gpt2")}
+        config = config | {"trainable_token_indices": tokens | {"lm_head": [5]}}
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
     for name, weight in theirs.named_parameters():
         noise = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
-        if "lora_" in name:
+        if "lora_" in name or "tokens_delta" in name:
             weight.data = weight * (1 + noise) if "magnitude" in name else noise
     theirs.save_pretrained(tmp_path / "theirs")
     lora = wrap(copy.deepcopy(model))

@@ -129,5 +129,5 @@ class Adapters:
 
     def _carried(self) -> set[str]:
         """Adapters that someone else put on the model."""
-        names = {name for layer in self._lora.everywhere.values() for name in layer.adapters}
+        names = {name for layer in self._lora.everywhere.values() for name in (*layer.adapters, *layer.tokens)}
         return names - self._known.keys()

@@ -48,7 +48,7 @@ class Core:
         spec = kv_spec(lora)
         head = head_of(lora.model)
         if lora.head is not None:  # the base's own, whatever adapter the model is set to
-            head = replace(head, weight=lora.head.dense())
+            head = replace(head, weight=lora.head.dense(), own=None)
         self.vocabulary = head.weight.shape[0]
         body = packed_body(lora, spec, settings.adapter_memory_limit // 2) if settings.packed else None
         self._body: Body = body or PlainBody(lora)

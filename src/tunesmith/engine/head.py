@@ -23,9 +23,9 @@ class AdaptedHead:
     def logits(self, hidden: Tensor, names: Sequence[str | None]) -> Tensor:
         """hidden [rows, hidden] and each row's adapter -> [rows, vocabulary]."""
         y = F.linear(hidden, self._head.weight, self._head.bias) if self._packed is None else self._packed(hidden)
-        adapters = {} if self._layer is None else self._layer.adapters
-        for name in dict.fromkeys(name for name in names if name in adapters):
-            rows = torch.tensor([row for row, own in enumerate(names) if own == name], device=y.device)
-            assert self._layer is not None
-            y[rows] += self._layer.delta(adapters[str(name)], hidden[rows], y[rows]).to(y.dtype)
+        layer = self._layer
+        for name in dict.fromkeys(names) if layer is not None and (layer.adapters or layer.tokens) else ():
+            if name is not None:
+                rows = torch.tensor([row for row, own in enumerate(names) if own == name], device=y.device)
+                y[rows] = layer.turned(name, hidden[rows], y[rows])
         return self._head.finish(y)

@@ -7,6 +7,7 @@ LoRA over an embedding E [vocabulary, hidden] is LoRA over W = E^T, whose input 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,24 @@ if TYPE_CHECKING:
     from tunesmith.models.lora import LoraWeights, Routing
 
 
+@dataclass
+class TokenRows:
+    """Weights of single tokens that an adapter brings itself, in place of the base's (PEFT's trainable tokens)."""
+
+    ids: Tensor  # [n]
+    rows: nn.Parameter  # [n, hidden]
+
+    def looked_up(self, ids: Tensor, y: Tensor, scale: Any = 1.0) -> Tensor:
+        """y [..., tokens, hidden], the embeddings of `ids` [..., tokens], with those of the own tokens."""
+        same = ids[..., None] == self.ids
+        own = self.rows[same.int().argmax(-1)] * scale
+        return torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
+
+    def scored(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [..., rows, vocabulary], the head's product of x [..., rows, hidden], with the own tokens' columns."""
+        return y.index_copy(-1, self.ids, F.linear(x.to(self.rows.dtype), self.rows).to(y.dtype))
+
+
 class LoraEmbedding(nn.Module):
     """A frozen embedding and the adapters over it. Input [..., tokens] with leading dimensions of 1."""
 
@@ -27,6 +46,7 @@ class LoraEmbedding(nn.Module):
         self.base = base
         self.routing = routing
         self.adapters: dict[str, LoraWeights] = {}
+        self.tokens: dict[str, TokenRows] = {}
         self.in_features, self.out_features = base.weight.shape
         self.transposed = False
 
@@ -45,18 +65,22 @@ class LoraEmbedding(nn.Module):
         """[..., tokens] -> [..., tokens, hidden], new; `segments` says which rows use which adapter."""
         y = self.base(ids)
         for name, start, stop in segments:
-            adapter = self.adapters.get(name)
-            if adapter is None:
-                continue
-            own = ids[..., start:stop]
-            delta = F.linear(F.embedding(own, adapter.a.t()), adapter.b) * (adapter.scaling * self._scale())
-            part = y[..., start:stop, :]
-            if adapter.magnitude is not None:
-                g = gain(self.dense(), adapter)
-                part, delta = g * part, g * delta
-            part = part + delta.to(y.dtype)
-            y = torch.cat((y[..., :start, :], part.to(y.dtype), y[..., stop:, :]), dim=-2)
+            adapter, tokens = self.adapters.get(name), self.tokens.get(name)
+            own, part = ids[..., start:stop], y[..., start:stop, :]
+            if tokens is not None:
+                part = tokens.looked_up(own, part, self._scale())
+            if adapter is not None:
+                part = self._turned(adapter, own, part)
+            y = torch.cat((y[..., :start, :], part, y[..., stop:, :]), dim=-2)
         return y
+
+    def _turned(self, adapter: LoraWeights, ids: Tensor, y: Tensor) -> Tensor:
+        """y [..., tokens, hidden], the embeddings of `ids`, as an adapter makes them."""
+        delta = F.linear(F.embedding(ids, adapter.a.t()), adapter.b) * (adapter.scaling * self._scale())
+        if adapter.magnitude is not None:
+            g = gain(self.dense(), adapter)
+            return (g * (y + delta)).to(y.dtype)
+        return y + delta.to(y.dtype)
 
     def _scale(self) -> Any:
         """Gemma multiplies what it looks up."""

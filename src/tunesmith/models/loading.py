@@ -39,6 +39,7 @@ class LoadedBase:
     context_length: int  # tokens
     device: torch.device
     stop_ids: frozenset[int]  # the tokens at which the base itself ends an answer
+    template_tokens: tuple[int, ...] | None = None  # special tokens of a chat template that it did not come with
 
 
 def load_base(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import InputError
 from tunesmith.models.dora import gain, lengths
-from tunesmith.models.embedding import LoraEmbedding
+from tunesmith.models.embedding import LoraEmbedding, TokenRows
 from tunesmith.recipe import Adapter as AdapterSection
 
 EVERY_ROW = 1 << 62
@@ -52,6 +52,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.routing = routing
         self.adapters: dict[str, LoraWeights] = {}
+        self.tokens: dict[str, TokenRows] = {}  # of the output head
         self.transposed = isinstance(base, Conv1D)  # Conv1D keeps its weight as [in, out]
         shape = base.weight.shape
         self.in_features, self.out_features = (shape[0], shape[1]) if self.transposed else (shape[1], shape[0])
@@ -64,19 +65,21 @@ class LoraLinear(nn.Module):
             )
         y = self.base(x)
         for name, start, stop in self.routing.segments:
-            adapter = self.adapters.get(name)
-            if adapter is None:
+            if name not in self.adapters and name not in self.tokens:
                 continue
             stop = min(stop, x.shape[-2])
-            delta = self.delta(adapter, x[..., start:stop, :], y[..., start:stop, :])
-            if stop - start == x.shape[-2]:
-                y = y + delta
-            else:
-                y = torch.cat((y[..., :start, :], y[..., start:stop, :] + delta, y[..., stop:, :]), dim=-2)
+            part = self.turned(name, x[..., start:stop, :], y[..., start:stop, :])
+            whole = stop - start == x.shape[-2]
+            y = part if whole else torch.cat((y[..., :start, :], part, y[..., stop:, :]), dim=-2)
         return y
 
-    def delta(self, adapter: LoraWeights, x: Tensor, y: Tensor) -> Tensor:
-        """What an adapter adds to y = W x + bias. x [..., rows, in]; y and the result [..., rows, out]."""
+    def turned(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y = W x + bias as an adapter makes it. x [..., rows, in]; y and the result [..., rows, out]."""
+        adapter, tokens = self.adapters.get(name), self.tokens.get(name)
+        y = y if adapter is None else y + self._delta(adapter, x, y)
+        return y if tokens is None else tokens.scored(x, y)
+
+    def _delta(self, adapter: LoraWeights, x: Tensor, y: Tensor) -> Tensor:
         rows = F.dropout(x, adapter.dropout, self.training)
         delta = F.linear(F.linear(rows.to(adapter.a.dtype), adapter.a), adapter.b) * adapter.scaling
         if adapter.magnitude is not None:
@@ -93,7 +96,13 @@ class LoraLinear(nn.Module):
             return False
         name, start, stop = self.routing.segments[0]
         adapter = self.adapters.get(name)
-        if adapter is None or start > 0 or stop < x.shape[-2] or not isinstance(self.base, nn.Linear | Conv1D):
+        if (
+            adapter is None
+            or self.tokens
+            or start > 0
+            or stop < x.shape[-2]
+            or not isinstance(self.base, nn.Linear | Conv1D)
+        ):
             return False
         if adapter.magnitude is not None or (adapter.dropout and self.training):
             return False
@@ -102,13 +111,22 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[out, in] as the adapter that every row uses makes it (without dropout): an output head is scored with it."""
-        covering = next((name for name, start, stop in self.routing.segments if start == 0 and stop == EVERY_ROW), None)
-        adapter = None if covering is None else self.adapters.get(covering)
+        adapter = self.adapters.get(str(self._covering()))
         if adapter is None:
             return self.dense()
         turned = torch.addmm(self.dense().to(adapter.a.dtype), adapter.b, adapter.a, alpha=adapter.scaling)
         turned = turned if adapter.magnitude is None else gain(self.dense(), adapter)[:, None] * turned
         return turned.to(self.base.weight.dtype)
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor] | None:
+        """ids [n] and weights [n, in] of the tokens that the adapter of every row has itself."""
+        tokens = self.tokens.get(str(self._covering()))
+        return None if tokens is None else (tokens.ids, tokens.rows)
+
+    def _covering(self) -> str | None:
+        """The adapter that the model is set to."""
+        return next((name for name, start, stop in self.routing.segments if start == 0 and stop == EVERY_ROW), None)
 
     @property
     def bias(self) -> Tensor | None:
@@ -187,6 +205,14 @@ class LoraModel:
                 yield f"base_model.model.{name}.{b}", weights.b
                 if weights.magnitude is not None:
                     yield f"base_model.model.{name}.lora_magnitude_vector", weights.magnitude
+        for name, tokens in self.token_rows(adapter).items():
+            yield f"base_model.model.{name}.token_adapter.trainable_tokens_delta", tokens.rows
+
+    def token_rows(self, adapter: str) -> dict[str, TokenRows]:
+        """The adapter's own rows by the end they are for: once where both ends share them."""
+        found = {name: end.tokens[adapter] for name, end in self.ends.items() if adapter in end.tokens}
+        shared = len({id(tokens) for tokens in found.values()}) < len(found)
+        return dict([*found.items()][:1]) if shared else found
 
     def use(self, adapter: str | None) -> None:
         """Send every row through one adapter (training, evaluation), or through the base alone."""
@@ -273,3 +299,14 @@ def add_new_adapter(lora: LoraModel, name: str, section: AdapterSection, seed: i
         )
         if section.kind == "dora":
             adapter.magnitude = nn.Parameter(lengths(layer.dense(), adapter))
+
+
+def add_token_rows(lora: LoraModel, name: str, ids: Sequence[int]) -> None:
+    """Rows of an adapter's own for these tokens, as the base has them now; the two ends share them if it shares its."""
+    if not ids:
+        return
+    weights = {end.base.weight.data_ptr(): end.base.weight for end in lora.ends.values()}
+    index = torch.tensor(ids, device=lora.model.device)
+    own = {key: TokenRows(index, nn.Parameter(weight[index].float())) for key, weight in weights.items()}
+    for end in lora.ends.values():
+        end.tokens[name] = own[end.base.weight.data_ptr()]

@@ -28,6 +28,9 @@ def merge(lora: LoraModel, name: str) -> PreTrainedModel:
                 g = gain(layer.dense(), weights)[:, None]
                 delta = g * delta + (g - 1) * layer.dense()
             layer.dense().add_(delta.to(layer.base.weight.dtype))
+        tokens = layer.tokens.get(name)
+        if tokens is not None:
+            layer.base.weight[tokens.ids] = tokens.rows.to(layer.base.weight.dtype)
         replace_module(lora.model, path, layer.base)
     lora.layers.clear()
     lora.ends.clear()

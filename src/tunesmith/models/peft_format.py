@@ -21,23 +21,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunesmith.errors import InputError
+from tunesmith.models.embedding import LoraEmbedding, TokenRows
 from tunesmith.models.fetch import writing
 from tunesmith.models.lora import LoraModel, LoraWeights
 from tunesmith.recipe import Adapter as AdapterSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TENSOR = re.compile(
-    r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight)?"
+    r"base_model\.model\.(?P<layer>.+)\."
+    r"(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight)?"
 )
-BASE_COPY = re.compile(
-    r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight"
-)  # PEFT saves an adapted embedding too
+# What the base has at one of its ends, which PEFT may save as well.
+BASE_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.token_adapter)?(\.base_layer)?\.weight")
 # Fields of PEFT's configuration that change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
-    "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
@@ -88,9 +88,12 @@ def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
     """Put an adapter from disk over the base under `name`. Raises InputError; the base is left as it was then."""
     config = read_config(folder)
     sides = _read_sides(lora, folder)
+    tokens = _token_rows(lora, sides, config, folder)
     loaded = {layer: _layer_weights(lora, layer, parts, config, folder) for layer, parts in sides.items()}
     for layer, weights in loaded.items():
         lora.everywhere[layer].adapters[name] = weights
+    for end, rows in tokens.items():
+        lora.ends[end].tokens[name] = rows
     return AdapterFacts(
         base=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
@@ -106,6 +109,7 @@ def remove_adapter(lora: LoraModel, name: str, *, inner: bool = False) -> None:
     """Take an adapter off every layer, or off the inner ones alone."""
     for layer in (lora.layers if inner else lora.everywhere).values():
         layer.adapters.pop(name, None)
+        layer.tokens.pop(name, None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def _read_sides(lora: LoraModel, folder: Path) -> dict[str, dict[str, Tensor]]:
             raise InputError(f"the adapter holds {key}, which is no LoRA weight of a linear layer", file=path)
         if not torch.isfinite(tensors[key]).all():
             raise InputError(f"{key} holds numbers that are not finite; the adapter is broken", file=path)
-        part = match["part"].removeprefix("embedding_")
+        part = match["part"].rpartition(".")[2].removeprefix("lora_").removeprefix("embedding_")
         sides.setdefault(match["layer"], {})[part] = tensors[key].float()
     if not sides:
         raise InputError("the adapter is empty: it holds no weights", file=path)
@@ -169,6 +173,40 @@ def _is_base_copy(lora: LoraModel, key: str, tensor: Tensor) -> bool:
         return False
     own = end.base.weight
     return torch.equal(tensor.to(own.device, own.dtype), own)
+
+
+def _token_rows(
+    lora: LoraModel, sides: dict[str, dict[str, Tensor]], config: dict[str, Any], folder: Path
+) -> dict[str, TokenRows]:
+    """The rows of single tokens by the end they are for, taken out of `sides`; tied ends share the embedding's."""
+    indices: Any = config.get("trainable_token_indices") or {}
+    embedding = next((end for end, layer in lora.ends.items() if isinstance(layer, LoraEmbedding)), "")
+    named = indices if isinstance(indices, dict) else {embedding: indices}
+    found: dict[str, TokenRows] = {}
+    for end, layer in lora.ends.items():
+        rows = sides.get(end, {}).pop("trainable_tokens_delta", None)
+        if rows is None:
+            continue
+        if not sides[end]:
+            del sides[end]
+        ids = next((ids for name, ids in named.items() if f".{end}".endswith(f".{name}")), [])
+        vocabulary, hidden = layer.base.weight.shape
+        if list(rows.shape) != [len(ids), hidden] or not all(0 <= i < vocabulary for i in ids):
+            raise InputError(
+                f"trainable_token_indices does not fit this base: {end} has {vocabulary} rows of {hidden}", file=folder
+            )
+        device = layer.base.weight.device
+        found[end] = TokenRows(torch.tensor(ids, device=device), nn.Parameter(rows.to(device)))
+    if named and not found:
+        raise InputError("trainable_token_indices names tokens, but their rows are not there", file=folder)
+    if embedding in found and len({layer.base.weight.data_ptr() for layer in lora.ends.values()}) == 1:
+        found = dict.fromkeys(lora.ends, found[embedding]) | found
+    return found
+
+
+def _token_indices(lora: LoraModel, name: str) -> dict[str, list[int]] | None:
+    found = {end.rpartition(".")[2]: tokens.ids.tolist() for end, tokens in lora.token_rows(name).items()}
+    return found or None
 
 
 def _layer_weights(
@@ -236,6 +274,7 @@ def _config(
         "lora_alpha": alpha,
         "lora_dropout": section.dropout,
         "use_rslora": section.rslora,
+        "trainable_token_indices": _token_indices(lora, name),
         "use_dora": any(module.adapters[name].magnitude is not None for module in adapted.values()),
         "bias": "none",
         "fan_in_fan_out": any(module.transposed for module in adapted.values()),
