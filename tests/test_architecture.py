@@ -109,7 +109,7 @@ def test_recipe_keys_are_a_reviewed_list() -> None:
         return list(dict.fromkeys(found))  # objectives of several kinds share keys
 
     assert " ".join(keys(recipe.Recipe)) == (
-        "name base.model base.revision base.dtype base.quantize "
+        "name base.model base.revision base.dtype base.quantize base.chat_template "
         "data.train data.held_out data.group_by data.format data.system data.schema data.train_on data.max_seq_len "
         "data.on_long "
         "adapter.kind adapter.rank adapter.alpha adapter.target_modules adapter.rslora adapter.dropout "

@@ -17,7 +17,7 @@ from tunesmith import cli, fitting
 from tunesmith.errors import RefusedError
 from tunesmith.models.peft_format import CONFIG, WEIGHTS
 from tunesmith.recipe import Recipe
-from tunesmith.store.runs import Run, read_json, write_json
+from tunesmith.store.runs import Run, read_json, read_metrics, write_json
 
 TEMPLATE = "{% for m in messages %}<{{ m.content }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
 
@@ -143,6 +143,18 @@ def test_every_weight_tuned_passes_the_same_gate(base: Path, tmp_path: Path) -> 
         shutil.copy(file, whole.model)
     failed = {check.name for check in tunesmith.verify(whole.folder).checks if check.passed is False}
     assert failed >= {"effect", "log-probs"}
+
+
+def test_magnitudes_and_both_ends_pass_the_same_gate_and_are_continued(base: Path, tmp_path: Path) -> None:
+    keys = {"kind": "dora", "rank": 4, "rslora": True, "target_modules": ".*(proj|embed_tokens|lm_head)"}
+    first = tunesmith.train(recipe(tmp_path / "job", base, adapter=keys), tmp_path / "first")
+    again = recipe(tmp_path / "job", base, steps=2, adapter={**keys, "init_from": str(first.adapter)})
+    second = tunesmith.train(again, tmp_path / "second")
+    for run in (first, second):
+        assert tunesmith.verify(run.folder).passed
+        assert read_json(run.adapter / CONFIG)["use_dora"]
+    losses = [read_metrics(run)[0]["loss"] for run in (first, second)]
+    assert losses[1] < losses[0] / 10, "it began anew"
 
 
 def test_an_adapter_from_elsewhere_is_held_to_the_trainers_own_computation(trained: Run, tmp_path: Path) -> None:

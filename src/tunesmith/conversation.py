@@ -100,10 +100,12 @@ def open_conversation(
 ) -> Conversation:
     """Load what `model` names: a run (folder or name), an adapter folder, or a base. Raises InputError."""
     found = locate(model)
-    engine = Engine(found.base, quantize=found.quantize)
+    adapters = {} if found.adapter is None else {model: found.adapter}
+    engine = Engine(found.base, adapters, quantize=found.quantize)
     talk = Conversation(engine, found.base, temperature, max_tokens, quantize=found.quantize, beside=beside)
     if found.adapter is not None:
-        talk.switch(model)
+        talk.adapter = model
+        talk.adapters.add(model)
     talk.system = system if system is not None else found.system
     return talk
 

@@ -19,7 +19,8 @@ from tunesmith.data.batches import Layout, StepPlan, count_steps, make_step
 from tunesmith.disk import flush, flush_all
 from tunesmith.errors import InputError, InterruptedRun, RefusedError
 from tunesmith.lineage import Started, lineage_of, resumed
-from tunesmith.models.lora import LoraModel, Routing, add_new_adapter, wrap
+from tunesmith.models.fetch import writing
+from tunesmith.models.lora import LoraModel, Routing, add_new_adapter, add_token_rows, wrap
 from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
@@ -206,6 +207,7 @@ def make_trainable(ready: Prepared, reporter: Reporter, before: Started | None =
             add_new_adapter(lora, TUNED, section, settings.seed)
         else:
             load_adapter(lora, TUNED, Path(section.init_from))
+        _add_token_rows(ready, lora)
         lora.use(TUNED)
         abilities, dropout = prepare_attention(model), section.dropout
         parameters, body = dict(lora.parameters(TUNED)), make_body(model, lora, TUNED)
@@ -273,6 +275,20 @@ def _kept_limit(ready: Prepared, body: Body, parameters: Mapping[str, nn.Paramet
     return limit if fits_again(body, parameters, step_plan(ready, before.layout, ready.train.examples), limit) else None
 
 
+def _add_token_rows(ready: Prepared, lora: LoraModel) -> None:
+    """Rows of the adapter's own for the special tokens of an installed template, unless one continued has them."""
+    ids = ready.base.template_tokens
+    if not ids or lora.token_rows(TUNED):
+        return
+    adapted = [name for name, end in lora.ends.items() if TUNED in end.adapters]
+    if adapted:
+        raise InputError(
+            f"adapter.target_modules names {adapted[0]}, whose rows the installed chat template's tokens need for "
+            "themselves; leave it out, or set base.chat_template to plain"
+        )
+    add_token_rows(lora, TUNED, ids)
+
+
 def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> None:
     """Write the result beside, have it judged, then give it its name; what is refused is kept under another.
 
@@ -300,15 +316,22 @@ def _publish(run: Run, trainable: Trainable, accept: Callable[[Path], None]) -> 
 def _save_adapter(ready: Prepared, lora: LoraModel, folder: Path) -> None:
     section, base = ready.recipe.adapter, ready.base
     assert section is not None
-    if parallel.is_first():
-        save_adapter(lora, TUNED, folder, section, base.name, base.revision)
+    if not parallel.is_first():
+        return
+    save_adapter(lora, TUNED, folder, section, base.name, base.revision)
+    if base.template_tokens is not None:  # the base on disk knows neither the template nor its tokens
+        with writing(folder):
+            base.tokenizer.save_pretrained(folder)
 
 
 def _save_model(ready: Prepared, folder: Path) -> None:
     """Every weight, in Hugging Face layout. Where the workers hold parts of them, all call."""
-    weights = full_state(ready.base.model)
+    model = ready.base.model
+    if ready.base.template_tokens and model.generation_config is not None:
+        model.generation_config.eos_token_id = sorted(ready.renderer.stop_ids)
+    weights = full_state(model)
     if parallel.is_first():
-        ready.base.model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
         ready.base.tokenizer.save_pretrained(folder)
 
 

@@ -30,6 +30,7 @@ from tunesmith.errors import InputError, RefusedError
 from tunesmith.models.loading import LoadedBase, load_base
 from tunesmith.models.lora import LoraModel, Routing, wrap
 from tunesmith.models.peft_format import CONFIG, load_adapter, read_config
+from tunesmith.models.vocabulary import adopt
 from tunesmith.preparation import Prepared
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, find_run, locate, read_json, write_json
@@ -380,18 +381,20 @@ def _base(run: Run | None, folder: Path) -> LoadedBase:
         named = read_config(folder).get("base_model_name_or_path")
         if not named:
             raise InputError(f"{CONFIG} names no base, so there is nothing to load it on", file=folder)
-        return load_base(str(named), quantize=locate(str(folder)).quantize)
+        base = load_base(str(named), quantize=locate(str(folder)).quantize)
+        return adopt(base, folder)
     recipe = Recipe.load(run.recipe)
     if folder == run.model:
         return load_base(str(folder), dtype=recipe.base.dtype, device=recipe.runtime.device)
     section = recipe.base
-    return load_base(
+    base = load_base(
         section.model,
         revision=section.revision,
         dtype=section.dtype,
         device=recipe.runtime.device,
         quantize=section.quantize,
     )
+    return adopt(base, folder)
 
 
 def _dtype(base: LoadedBase) -> Any:

@@ -33,6 +33,7 @@ from tunesmith.models.lora import wrap
 from tunesmith.models.memory import release_memory
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
+from tunesmith.models.vocabulary import adopt
 from tunesmith.parity import Parity, publication_gate
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
@@ -252,6 +253,7 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
     base = load_base(
         section.model, revision=section.revision, dtype=section.dtype, device="cpu", quantize=section.quantize
     )
+    base = adopt(base, tuned)
     lora = wrap(base.model)
     load_adapter(lora, TUNED, tuned)
     merge(lora, TUNED).save_pretrained(out)

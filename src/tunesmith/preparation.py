@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tunesmith.chat.renderer import Renderer
+from tunesmith.chat.template import special_tokens, template_to_install
 from tunesmith.data.formats import read_examples, read_held_out
 from tunesmith.data.split import Split, split
 from tunesmith.data.tokenize import Tokenized, tokenize
@@ -13,6 +14,7 @@ from tunesmith.errors import InputError
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
 from tunesmith.models.quantise import describe
+from tunesmith.models.vocabulary import install, install_tokens
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
 from tunesmith.train.methods import method_of
@@ -82,6 +84,8 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
     )
     if base.quantize is not None:
         reporter.say(describe(base.model, base.quantize))
+    if rows.train and rows.train[0].kind in ("chat", "preference"):
+        base = with_template(base, recipe.base.chat_template, reporter.say)
     renderer = Renderer.from_tokenizer(base.tokenizer, stop_ids=base.stop_ids)
     if rows.train and rows.train[0].kind == "chat":
         for note in renderer.notes:
@@ -97,6 +101,17 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
     return Prepared(recipe, rows, base, renderer, limit, train, held_out)
 
 
+def with_template(base: LoadedBase, asked: str | None, say: Callable[[str], None]) -> LoadedBase:
+    """The base with the chat template that `base.chat_template` asks for. Raises InputError."""
+    source = template_to_install(base.tokenizer, asked)
+    if source is None:
+        return base
+    known, tokens = base.tokenizer.get_vocab(), special_tokens(source)
+    new = ", ".join(token for token in tokens if token not in known) or "none"
+    say(f"a chat template was installed ({asked or 'chatml: the base has none'}); new tokens: {new}")
+    return install(base, source, tokens)
+
+
 def length_limit(recipe: Recipe, base: LoadedBase) -> int:
     """`data.max_seq_len`, or the base's own limit. Raises InputError where the first is beyond the second."""
     asked = recipe.data.max_seq_len
@@ -110,4 +125,10 @@ def length_limit(recipe: Recipe, base: LoadedBase) -> int:
 def renderer_on_disk(recipe: Recipe) -> Renderer | None:
     """The base's renderer without its weights, or None where the base is not on this machine yet."""
     folder = on_disk(recipe.base.model, recipe.base.revision)
-    return None if folder is None else Renderer.from_tokenizer(load_tokenizer(folder))
+    if folder is None:
+        return None
+    tokenizer = load_tokenizer(folder)
+    source = template_to_install(tokenizer, recipe.base.chat_template)
+    if source is not None:
+        install_tokens(tokenizer, source, special_tokens(source))
+    return Renderer.from_tokenizer(tokenizer)

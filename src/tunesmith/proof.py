@@ -156,7 +156,8 @@ def _weights(name: str, found: Located, base: Base, engine: Engine, settings: di
     """An adapter joins the engine over its base; a model of its own gets its own engine."""
     if found.adapter is None:
         return Weights(Engine(found.base, **settings), None, weights_hash(Path(found.base)))
-    if (found.base, found.quantize) != (base.model, base.quantize):
-        engine = Engine(found.base, quantize=found.quantize, **settings)
-    engine.add_adapter(name, found.adapter)
+    if (found.base, found.quantize) != (base.model, base.quantize) or not engine.speaks_as(found.adapter):
+        engine = Engine(found.base, adapters={name: found.adapter}, quantize=found.quantize, **settings)
+    else:
+        engine.add_adapter(name, found.adapter)
     return Weights(engine, name, file_hash(found.adapter / WEIGHTS))

@@ -32,6 +32,7 @@ class Base(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantize | None = None
+    chat_template: str | None = None  # chatml | plain | a file of Jinja; null: its own, or ChatML where it has none
 
 
 class TrainFile(Section):
@@ -63,7 +64,7 @@ class Data(Section):
 
 
 class Adapter(Section):
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "dora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     target_modules: str | tuple[str, ...] = "all-linear"  # a regex when a string other than all-linear
@@ -320,7 +321,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     model = base.get("model") if isinstance(base, dict) else base
     if isinstance(model, str) and (model.endswith(".gguf") or model.startswith((".", "~", "/"))):
         resolved = resolve(model)
-        raw["base"] = {**base, "model": resolved} if isinstance(base, dict) else resolved
+        raw["base"] = base = {**base, "model": resolved} if isinstance(base, dict) else resolved
+    if isinstance(base, dict) and base.get("chat_template") not in (None, "chatml", "plain"):
+        base["chat_template"] = resolve(base["chat_template"])
 
 
 def _as_input_error(error: ValidationError, path: Path, lines: dict[tuple[str, ...], int]) -> InputError:

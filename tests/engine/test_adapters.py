@@ -18,49 +18,59 @@ from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import save_adapter
 from tunesmith.recipe import Adapter as Section
 
-# name, rank, targets: a mix of everything
+ENDS = ("embed_tokens", "lm_head")
+# name, rank, targets, kind: a mix of everything
 ADAPTERS = [
-    ("a", 4, "all-linear"),
-    ("b", 16, ("q_proj", "v_proj")),
-    ("c", 1, ("down_proj",)),
-    ("d", 8, ("k_proj", "gate_proj")),
-    ("e", 16, "all-linear"),
+    ("a", 4, "all-linear", "lora"),
+    ("b", 16, ("q_proj", "v_proj"), "lora"),
+    ("c", 1, ("down_proj",), "lora"),
+    ("d", 8, ("k_proj", "gate_proj"), "lora"),
+    ("e", 16, "all-linear", "lora"),
+    ("f", 4, "all-linear", "dora"),
+    ("g", 2, ("q_proj", "up_proj", "down_proj"), "dora"),
+    ("h", 4, (*ENDS, "v_proj"), "lora"),
+    ("i", 4, (*ENDS, "k_proj", "o_proj"), "dora"),
+    ("j", 4, ENDS, "lora"),
 ]
 BLOCK = list(range(5, 45))
 PROMPTS = [[9, 8, 7], [50], [*BLOCK, 60], [*BLOCK, 61, 62], [*BLOCK, 63]]
 
 
-def put(lora: LoraModel, name: str, rank: int, targets: str | tuple[str, ...], seed: int = 1) -> Section:
+def put(
+    lora: LoraModel, name: str, rank: int, targets: str | tuple[str, ...], seed: int = 1, kind: str = "lora"
+) -> Section:
     """An adapter whose weights are not zero, so that it changes what is said."""
-    section = Section(rank=rank, alpha=2 * rank, target_modules=targets)
+    section = Section(kind=kind, rank=rank, alpha=2 * rank, target_modules=targets)
     add_new_adapter(lora, name, section, seed)
     generator = torch.Generator().manual_seed(seed)
-    for _, weights in lora.parameters(name):
-        weights.data.copy_(torch.randn(weights.shape, generator=generator) * 0.2)
+    for key, weights in lora.parameters(name):
+        noise = torch.randn(weights.shape, generator=generator) * 0.2
+        weights.data.copy_(weights * (1 + noise) if "magnitude" in key else noise)
     return section
 
 
 def carrying(family: str = "llama") -> LoraModel:
     lora = wrap(build(family))
-    for seed, (name, rank, targets) in enumerate(ADAPTERS):
-        put(lora, name, rank, targets, seed)
+    for seed, (name, rank, targets, kind) in enumerate(ADAPTERS):
+        put(lora, name, rank, targets, seed, kind)
     return lora
 
 
 @cache
-def merged(name: str | None) -> torch.nn.Module:
+def merged(name: str | None, family: str = "llama") -> torch.nn.Module:
     """The same adapter put into the weights of a model of its own."""
-    return build("llama") if name is None else merge(carrying(), name).eval()
+    return build(family) if name is None else merge(carrying(family), name).eval()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_mixed_batch_answers_as_each_adapter_alone(packed: bool) -> None:
-    engine = engine_over(carrying(), packed=packed)
+@pytest.mark.parametrize(("family", "packed"), [("llama", False), ("llama", True), ("qwen2", True), ("gemma3", False)])
+def test_a_mixed_batch_answers_as_each_adapter_alone(family: str, packed: bool) -> None:
+    """qwen2: a magnitude does not touch the bias; gemma3: embeddings are scaled, and tied to the head."""
+    engine = engine_over(carrying(family), packed=packed)
     asked = [(prompt, name) for prompt in PROMPTS for name in (None, *(a[0] for a in ADAPTERS))]
     answers = engine.generate([Request(prompt_ids=p, adapter=n, max_tokens=8, logprobs=True) for p, n in asked])
     said = set()
     for (prompt, name), answer in zip(asked, answers, strict=True):
-        ids, logprobs = greedy(merged(name), prompt, 8)
+        ids, logprobs = greedy(merged(name, family), prompt, 8)
         assert answer.ids == ids, (name, prompt)
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
         said.add((tuple(prompt), tuple(ids)))
@@ -91,7 +101,8 @@ def test_a_live_model_answers_with_the_weights_it_has_now() -> None:
 def folders(tmp_path: Path) -> dict[str, Path]:
     lora = wrap(build("llama"))
     for name in ("one", "two"):
-        section = put(lora, name, 4, "all-linear", seed=len(name) + ord(name[0]))
+        targets = r".*(proj|embed_tokens|lm_head)"
+        section = put(lora, name, 4, targets, len(name) + ord(name[0]), "dora" if name == "two" else "lora")
         save_adapter(lora, name, tmp_path / name, section, "tiny")
     return {name: tmp_path / name for name in ("one", "two")}
 
@@ -138,7 +149,8 @@ def test_adapters_beyond_the_memory_limit_are_loaded_when_asked_for(packed: bool
     names = [f"n{i}" for i in range(6)]
     lora = wrap(build("llama"))
     for seed, name in enumerate(names):
-        save_adapter(lora, name, tmp_path / name, put(lora, name, 4 + seed, "all-linear", seed), "tiny")
+        section = put(lora, name, 4 + seed, r".*(proj|lm_head)", seed, ("lora", "dora")[seed % 2])
+        save_adapter(lora, name, tmp_path / name, section, "tiny")
     roomy, tight = (engine_over(wrap(build("llama")), packed=packed) for _ in range(2))
     for engine in (roomy, tight):
         engine._live = False
@@ -170,13 +182,13 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_adapter_in_the_weights_answers_as_before_and_leaves_the_others_alone(merging: None) -> None:
     engine = engine_over(carrying(), packed=True)
     tables = engine._core.adapters._tables
-    for name in ("b", "a", "c"):
+    for name in ("b", "a", "c", "f", "h", "i"):
         engine.generate([Request(prompt_ids=[9, 8], adapter=name, max_tokens=2)])
         assert tables.merged == name
         for asked in (name, None, "d"):
             answers = engine.generate([Request(prompt_ids=p, adapter=asked, max_tokens=6) for p in PROMPTS])
             assert [a.ids for a in answers] == [greedy(merged(asked), p, 6)[0] for p in PROMPTS]
-    mixed = [Request(prompt_ids=PROMPTS[3], adapter=n, max_tokens=6, logprobs=True) for n in ("d", None, "a", "d")]
+    mixed = [Request(prompt_ids=PROMPTS[3], adapter=n, max_tokens=6, logprobs=True) for n in ("d", None, "i", "g", "d")]
     for request, answer in zip(mixed, engine.generate(mixed), strict=True):
         ids, logprobs = greedy(merged(request.adapter), PROMPTS[3], 6)
         assert answer.ids == ids

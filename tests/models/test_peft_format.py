@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import tiny_llama as tiny
 from tunesmith.errors import InputError
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
+from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter, read_config, save_adapter
 from tunesmith.recipe import Adapter
 
@@ -29,15 +30,21 @@ def gpt2() -> GPT2LMHeadModel:
     ).eval()
 
 
-MODELS = {"llama": tiny.llama, "gpt2": gpt2}
+def tied() -> PreTrainedModel:
+    return tiny.llama(tie_word_embeddings=True)
+
+
+MODELS = {"llama": tiny.llama, "gpt2": gpt2, "tied": tied}
+ENDS = ("embed_tokens", "wte", "lm_head")  # as a list of names
 
 
 def trained(model: PreTrainedModel, section: Adapter, name: str = "t") -> LoraModel:
     lora = wrap(model)
     add_new_adapter(lora, name, section, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for _, weight in lora.parameters(name):
-        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    for key, weight in lora.parameters(name):
+        noise = 0.1 * torch.randn(weight.shape, generator=generator)
+        weight.data = weight * (1 + noise) if "magnitude" in key else noise
     return lora
 
 
@@ -55,8 +62,25 @@ def logits(lora: LoraModel, adapter: str | None) -> torch.Tensor:
         Adapter(rank=3, alpha=10, rslora=True),
         Adapter(rank=4, alpha=7, target_modules=("q_proj", "v_proj", "c_attn")),
         Adapter(rank=2, target_modules=r".*\.1\..*(up_proj|c_fc)"),
+        Adapter(rank=4, alpha=8, kind="dora"),
+        Adapter(rank=3, alpha=10, kind="dora", rslora=True, target_modules=(*ENDS, "v_proj", "c_attn")),
+        Adapter(rank=4, target_modules=("embed_tokens", "wte")),
+        Adapter(rank=4, target_modules=("lm_head",)),
+        Adapter(rank=4, rslora=True, target_modules=(*ENDS, "q_proj", "c_proj")),
+        Adapter(rank=4, target_modules=r".*(embed_tokens|wte|lm_head|o_proj|c_attn)"),
     ],
-    ids=["all-linear", "rslora", "names", "regex"],
+    ids=[
+        "all-linear",
+        "rslora",
+        "names",
+        "regex",
+        "dora",
+        "dora-rslora-ends",
+        "embedding",
+        "head",
+        "ends",
+        "ends-regex",
+    ],
 )
 def test_peft_reads_what_tunesmith_writes(kind, section, tmp_path) -> None:
     model = MODELS[kind]()
@@ -72,8 +96,17 @@ def test_peft_reads_what_tunesmith_writes(kind, section, tmp_path) -> None:
     assert saved == {name for name, _ in lora.parameters("t")}
     theirs = peft_model.peft_config["default"]
     assert (theirs.base_model_name_or_path, theirs.revision, theirs.r) == ("the/base", "abc", section.rank)
+    assert (theirs.use_dora, theirs.use_rslora) == (section.kind == "dora", section.rslora)
     adapted = {name for name, module in peft_model.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    assert adapted == {name for name, layer in lora.layers.items() if "t" in layer.adapters}
+    assert adapted == {name for name, layer in lora.everywhere.items() if "t" in layer.adapters}
+    merged = merge(lora, "t")
+    assert not any("base" in name for name, _ in merged.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, ours, rtol=0, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    torch.testing.assert_close(again, ours, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -90,15 +123,41 @@ def test_peft_reads_what_tunesmith_writes(kind, section, tmp_path) -> None:
             "rank_pattern": {"q_proj": 2, "c_attn": 2},
             "alpha_pattern": {r"1\.mlp\.up_proj": 3, r"1\.mlp\.c_fc": 3},
         },
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": "all-linear"},
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "use_rslora": True, "target_modules": [*ENDS, "up_proj", "c_fc"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "wte", "k_proj", "c_attn"]},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": r".*(lm_head|wte|embed_tokens|o_proj)"},
+        {"r": 4, "target_modules": "all-linear", "trainable_token_indices": [5, 9]},
+        {
+            "r": 4,
+            "use_dora": True,
+            "target_modules": ["q_proj", "c_attn"],
+            "trainable_token_indices": {"lm_head": [5], "embed_tokens": [5], "wte": [5]},
+        },
     ],
-    ids=["all-linear", "rslora", "regex", "patterns"],
+    ids=[
+        "all-linear",
+        "rslora",
+        "regex",
+        "patterns",
+        "dora",
+        "dora-rslora-ends",
+        "embedding",
+        "ends-regex",
+        "tokens",
+        "tokens-of-both-ends",
+    ],
 )
 def test_tunesmith_reads_what_peft_writes_and_writes_it_back(kind, config, tmp_path) -> None:
     model = MODELS[kind]()
+    if isinstance(config.get("trainable_token_indices"), dict):  # PEFT takes no name that is not there
+        tokens = {k: v for k, v in config["trainable_token_indices"].items() if (k == "wte") == (kind == "gpt2")}
+        config = config | {"trainable_token_indices": tokens | {"lm_head": [5]}}
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
     for name, weight in theirs.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        noise = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+        if "lora_" in name or "tokens_delta" in name:
+            weight.data = weight * (1 + noise) if "magnitude" in name else noise
     theirs.save_pretrained(tmp_path / "theirs")
     lora = wrap(copy.deepcopy(model))
     facts = load_adapter(lora, "x", tmp_path / "theirs")
@@ -106,10 +165,35 @@ def test_tunesmith_reads_what_peft_writes_and_writes_it_back(kind, config, tmp_p
         expected = theirs(IDS).logits
     torch.testing.assert_close(logits(lora, "x"), expected, rtol=0, atol=1e-5)
     assert facts.rank == 4
-    save_adapter(lora, "x", tmp_path / "back", Adapter(rank=4, rslora=bool(config.get("use_rslora"))), "b")
+    section = Adapter(rank=4, rslora=bool(config.get("use_rslora")))
+    save_adapter(lora, "x", tmp_path / "back", section, "b")
     with torch.no_grad():
         again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "back")(IDS).logits
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gradients_are_pefts(kind, use_dora, tmp_path) -> None:
+    """The length under a magnitude is a constant, and tied ends learn apart."""
+    model = MODELS[kind]()
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, use_dora=use_dora, target_modules=r".*(proj|lm_head|embed_tokens)")
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    for _, weight in theirs.named_parameters():
+        if weight.requires_grad:
+            weight.data += 0.1
+    theirs.save_pretrained(tmp_path)
+    theirs(IDS, labels=IDS).loss.backward()
+    lora = wrap(model)
+    load_adapter(lora, "x", tmp_path)
+    lora.use("x")
+    model(IDS, labels=IDS).loss.backward()
+    expected = dict(theirs.named_parameters())
+    ours = dict(lora.parameters("x"))
+    for name, weight in ours.items():
+        twin = name.removesuffix(".weight") + ".default" + (".weight" if name.endswith(("weight", "vector")) else "")
+        torch.testing.assert_close(weight.grad, expected[twin].grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert len(ours) == sum(weight.requires_grad for weight in expected.values())
 
 
 def test_target_modules_are_short_names_where_they_say_exactly_that(tmp_path) -> None:
@@ -171,9 +255,15 @@ def test_what_cannot_be_applied_exactly_is_refused(field, value, adapter) -> Non
         (lambda weights: next(iter(weights.values())).fill_(torch.nan), "not finite"),
         (
             lambda weights: weights.update(
-                {f"base_model.model.lm_head.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+                {f"base_model.model.model.norm.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
             ),
-            "lm_head, which is no inner linear",
+            "norm, which is no linear",
+        ),
+        (
+            lambda weights: weights.update(
+                {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(257, 32)}
+            ),
+            "embed_tokens.base_layer.weight, which is no LoRA weight",
         ),
     ],
 )
@@ -187,7 +277,7 @@ def test_weights_that_do_not_fit_are_refused(change, reason, adapter) -> None:
 
 def test_an_adapter_of_another_base_is_refused(adapter) -> None:
     refused(adapter, "does not fit this base", tiny.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=3))
-    refused(adapter, "no inner linear layer of this base", gpt2())
+    refused(adapter, "no linear layer of this base", gpt2())
 
 
 def test_damaged_and_missing_files_are_sentences(adapter, tmp_path) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers as tf
 
-from decoders import DECODERS, SIZES, gradients, make_decoder, make_rows, worst_error
+from decoders import DECODERS, SIZES, gradients, make_decoder, make_rows, one_by_one, worst_error
 from tunesmith.data.batches import Layout, make_step
-from tunesmith.models.lora import add_new_adapter, wrap
+from tunesmith.models.lora import add_new_adapter, add_token_rows, wrap
 from tunesmith.recipe import Adapter
 from tunesmith.train.bodies import FusedBody, make_body
 from tunesmith.train.estimate import choose_layout
@@ -21,12 +21,13 @@ TARGETS = {
     "all": "all-linear",
     "some": ("q_proj", "v_proj", "up_proj", "qkv_proj", "down_proj"),
     "upper layer": r".*layers\.1\..*(o_proj|up_proj|gate_up_proj)",
+    "ends": r"lm_head|.*embed_tokens|.*layers\.1\..*up_proj",
 }
 
 
-def adapted(model, target_modules="all-linear", dropout=0.0):
+def adapted(model, target_modules="all-linear", **keys):
     lora = wrap(model)
-    add_new_adapter(lora, "a", Adapter(rank=3, target_modules=target_modules, dropout=dropout), seed=0)
+    add_new_adapter(lora, "a", Adapter(rank=3, target_modules=target_modules, **keys), seed=0)
     torch.manual_seed(1)
     for _, parameter in lora.parameters("a"):
         parameter.data = torch.randn_like(parameter, dtype=model.dtype) * 0.2
@@ -55,6 +56,32 @@ def test_the_fused_decoder_gives_the_gradients_of_the_modules(name, targets):
             assert worst_error(wanted, gradients(parameters)) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapters_own_rows_get_the_gradients_of_plain_mathematics(name, packed):
+    model = make_decoder(name, torch.float32 if packed else torch.float64)
+    lora = wrap(model)
+    add_new_adapter(lora, "a", Adapter(rank=3), seed=0)
+    add_token_rows(lora, "a", [ROWS[0].input_ids[1], ROWS[0].input_ids[-1], 60])
+    torch.manual_seed(1)
+    for _, parameter in lora.parameters("a"):
+        parameter.data = torch.randn_like(parameter, dtype=model.dtype) * 0.2
+    lora.use("a")
+    prepare(model)
+    parameters, body = dict(lora.parameters("a")), make_body(model, lora, "a")
+    assert isinstance(body, FusedBody) == (name != "gemma2")
+    if packed and isinstance(body, FusedBody):
+        body.pack()
+    total = one_by_one(model, ROWS)
+    total.backward()
+    wanted = gradients(parameters)
+    step = make_step(0, 1.0, ROWS, Layout(90))
+    found, _ = accumulate(body, step, sft)
+    assert found == pytest.approx(float(total), rel=1e-5)
+    given = {n: g * step.weight for n, g in gradients(parameters).items()}
+    assert worst_error(wanted, given) < (2e-4 if packed else 1e-9)
+
+
 def test_float32_agrees_too():
     model = make_decoder("qwen3", torch.float32)
     lora = adapted(model)
@@ -80,9 +107,10 @@ def test_a_model_of_that_shape_but_other_numbers_is_told_apart():
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 
-def test_dropout_goes_through_the_modules():
+@pytest.mark.parametrize("keys", [{"dropout": 0.1}, {"kind": "dora"}], ids=str)
+def test_dropout_and_magnitudes_go_through_the_modules(keys):
     model = make_decoder("llama", torch.float32)
-    lora = adapted(model, dropout=0.1)
+    lora = adapted(model, **keys)
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -28,6 +30,16 @@ PLAIN = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '### Assistant:\n' -}}{%- endif -%}"
 )
+# The common one (OpenAI's), for a base that may get new tokens: each turn opens and ends in a token of its own.
+CHATML = (
+    "{%- if tools %}{{ raise_exception('this template has no place for tools') }}{% endif -%}"
+    "{{- bos_token if starts_with_bos else '' -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+SPECIAL = re.compile(r"<\|[^|<>\s]+\|>")
 # Templates that print today's date get this one (the date Llama 3's own template falls back to): a prompt that changes
 # overnight would neither train twice to the same bytes nor serve what was proved. The macro hides transformers' clock.
 DATE = datetime.datetime(2024, 7, 26)
@@ -128,11 +140,43 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template.get("default") if isinstance(template, dict) else template or None
 
 
+def template_to_install(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> str | None:
+    """The template that a recipe's `base.chat_template` gives a base; None where it keeps its own.
+
+    `asked` is chatml, plain or a file; null is ChatML where the base has none. Raises InputError.
+    """
+    if asked is None:
+        return None if own_template(tokenizer) else _for_this_bos(CHATML, tokenizer)
+    if asked in ("chatml", "plain"):
+        return _for_this_bos(CHATML if asked == "chatml" else PLAIN, tokenizer)
+    path = Path(asked)
+    try:
+        source = path.read_text(encoding="utf-8")
+        jinja2.Environment().parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"this is no chat template: {error.message}", file=path, line=error.lineno) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the chat template cannot be read ({error}); base.chat_template is chatml, plain or a file of Jinja",
+            file=path,
+        ) from None
+    return source
+
+
+def special_tokens(source: str) -> list[str]:
+    """The special tokens that stand in a template, each once: whatever looks like `<|im_end|>`."""
+    return list(dict.fromkeys(SPECIAL.findall(source)))
+
+
 def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """`### User:` and `### Assistant:` in ordinary text, answers ending in the tokenizer's end-of-text token."""
+    return _for_this_bos(PLAIN, tokenizer)
+
+
+def _for_this_bos(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
     first = tokenizer("x", verbose=False)["input_ids"][:1]
     starts_with_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    return PLAIN.replace("starts_with_bos", "true" if starts_with_bos else "false")
+    return source.replace("starts_with_bos", "true" if starts_with_bos else "false")
 
 
 def _plain_message(message: Message) -> dict[str, Any]:

@@ -27,8 +27,9 @@ class Registered:
 class Adapters:
     """Names, folders, and which of them are in memory.
 
-    `tables` is where the fast body keeps adapters; without it they stay in the model's LoRA layers. Adapters that the
-    model itself carries (a model in training) are known by their names too, and always there.
+    `tables` is where the fast body keeps adapters; without it they stay in the model's LoRA layers, as what an adapter
+    does to the embedding and the head always does. Adapters that the model itself carries (a model in training) are
+    known by their names too, and always there.
     """
 
     def __init__(self, lora: LoraModel, base: str, tables: AdapterTables | None, memory_limit: int) -> None:
@@ -98,13 +99,17 @@ class Adapters:
         load_adapter(self._lora, name, folder)
         rank = rank_of(self._lora, name)
         if self._tables is None:
-            size = sum(weights.numel() * weights.element_size() for _, weights in self._lora.parameters(name))
+            size = self._own_bytes(name)
         else:
-            size = self._tables.bytes_for(rank)
             self._tables.put(name, self._lora)
-            remove_adapter(self._lora, name)
+            remove_adapter(self._lora, name, inner=True)
+            size = self._tables.bytes_for(rank) + self._own_bytes(name)
         self._loaded[name] = size
         return size
+
+    def _own_bytes(self, name: str) -> int:
+        """What the model's own layers hold of an adapter."""
+        return sum(weights.numel() * weights.element_size() for _, weights in self._lora.parameters(name))
 
     def _unload(self, wanted: int, busy: Set[str]) -> int:
         """Unload adapters that are neither busy nor pinned until `wanted` bytes are freed; how many were."""
@@ -124,5 +129,5 @@ class Adapters:
 
     def _carried(self) -> set[str]:
         """Adapters that someone else put on the model."""
-        names = {name for layer in self._lora.layers.values() for name in layer.adapters}
+        names = {name for layer in self._lora.everywhere.values() for name in (*layer.adapters, *layer.tokens)}
         return names - self._known.keys()

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from tunesmith.engine.attention import CacheContext, Span
 from tunesmith.engine.cache import KvSpec, Slots
 from tunesmith.engine.projection import AdapterTables, Mix, Projection, Segment
+from tunesmith.models.embedding import LoraEmbedding
 from tunesmith.models.fused_layer import Workspace
 from tunesmith.models.lora import LoraModel
-from tunesmith.models.packed import PackedLinear
 from tunesmith.tree.body import run_body
-from tunesmith.tree.heads import Head
 
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
@@ -122,7 +121,8 @@ class PackedBody:
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
     ) -> Tensor:
-        x = self._embed(input_ids)
+        embed = self._embed
+        x = embed.look_up(input_ids, segments) if isinstance(embed, LoraEmbedding) else embed(input_ids)
         cos, sin = self._rotary(x[None], position_ids[None])
         half = cos.shape[-1] // 2  # the second half repeats the first
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
@@ -150,18 +150,6 @@ class PackedBody:
         if key != self._last[0]:
             self._last = key, Mix.of(segments, singles, self.tables.places, whole)
         return self._last[1]
-
-
-class PackedHead:
-    """A model's output head over packed weights."""
-
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._packed = PackedLinear([head.weight], [head.bias])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> [rows, vocabulary]."""
-        return self._head.finish(self._packed(hidden))
 
 
 def packed_body(lora: LoraModel, spec: KvSpec, merge_limit: int = 0) -> PackedBody | None:

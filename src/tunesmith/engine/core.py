@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tunesmith.engine.adapters import Adapters
 from tunesmith.engine.attention import Below, CacheContext, Span
-from tunesmith.engine.body import Body, PackedHead, PlainBody, packed_body
+from tunesmith.engine.body import Body, PlainBody, packed_body
 from tunesmith.engine.cache import KvSpec, LayerShape, Node
 from tunesmith.engine.generation import Generation
+from tunesmith.engine.head import AdaptedHead
 from tunesmith.engine.projection import Segment
 from tunesmith.engine.request import BusyError
 from tunesmith.engine.sampling import Choice, choose
@@ -46,12 +47,14 @@ class Core:
         self.settings = settings
         spec = kv_spec(lora)
         head = head_of(lora.model)
+        if lora.head is not None:  # the base's own, whatever adapter the model is set to
+            head = replace(head, weight=lora.head.dense(), own=None)
         self.vocabulary = head.weight.shape[0]
         body = packed_body(lora, spec, settings.adapter_memory_limit // 2) if settings.packed else None
         self._body: Body = body or PlainBody(lora)
         tables = None if body is None else body.tables
         self.adapters = Adapters(lora, name, tables, settings.adapter_memory_limit)
-        self._head = PackedHead(head) if body is not None and not body.quantised else head
+        self._head = AdaptedHead(head, lora.head, packed=body is not None and not body.quantised)
         self.scheduler = Scheduler(
             spec,
             memory_limit=settings.memory_limit,
@@ -122,8 +125,8 @@ class Core:
                 ends += range(row - 1 - len(chunk.guesses), row)
                 ready.append(chunk)
         if ready:
-            logits = self._head.logits(hidden[ends]).float()
             sequences = [chunk.generation for chunk in ready for _ in range(1 + len(chunk.guesses))]
+            logits = self._head.logits(hidden[ends], [sequence.adapter for sequence in sequences]).float()
             choices = iter(choose(logits, sequences))
             for chunk in ready:
                 _take(chunk, [next(choices) for _ in range(1 + len(chunk.guesses))])
@@ -182,7 +185,8 @@ class Core:
         for done in range(0, len(targets), SCORED_AT_ONCE):
             some = torch.tensor(targets[done : done + SCORED_AT_ONCE], device=self.device)
             rows = hidden[first - chunk.start + done :][: len(some)]
-            logprobs = torch.log_softmax(self._head.logits(rows).float(), -1)
+            logits = self._head.logits(rows, [generation.adapter] * len(some))
+            logprobs = torch.log_softmax(logits.float(), -1)
             generation.scores += logprobs[torch.arange(len(some)), some].tolist()
         if chunk.stop == generation.length:
             generation.finish_reason = "stop"

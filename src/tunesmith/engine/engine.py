@@ -28,6 +28,7 @@ from tunesmith.engine.request import Answer, Delta, Request
 from tunesmith.errors import InputError
 from tunesmith.models.loading import Device, Dtype, load_base
 from tunesmith.models.lora import LoraModel, wrap
+from tunesmith.models.vocabulary import adopt, brought_template
 from tunesmith.recipe import Quantize
 from tunesmith.tree.body import prepare
 
@@ -63,9 +64,12 @@ class Engine:
         Raises InputError.
         """
         base = load_base(str(model), revision=revision, dtype=dtype, device=device, quantize=quantize)
+        for folder in (adapters or {}).values():
+            base = adopt(base, Path(folder))
         renderer = Renderer.from_tokenizer(base.tokenizer, default_system=system, stop_ids=base.stop_ids)
         settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True)
         self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, settings)
+        self._adopted = base.template_tokens is not None
         for name, folder in (adapters or {}).items():
             self.add_adapter(name, folder)
 
@@ -108,7 +112,7 @@ class Engine:
             raise InputError(f"{name} cannot be run by the engine: {abilities.reason}")
         context_length = min(context_length, steady_context(lora.model))
         self.renderer, self.context_length, self.name = renderer, context_length, name
-        self._live = False
+        self._live = self._adopted = False
         self._lock = threading.Lock()
         self._core = Core(lora, name, settings)
         vocabulary = self._core.vocabulary
@@ -156,11 +160,24 @@ class Engine:
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> None:
         """Register a PEFT-format adapter folder under a name. Raises InputError where it does not fit the base.
 
+        One that brings a chat template of its own is given to `Engine(...)`, which then speaks by it.
+
         When memory for adapters is short the least recently used is unloaded, and loaded again when it is asked for;
         a `pinned` one stays.
         """
+        if not self.speaks_as(Path(folder)):
+            raise InputError(
+                "the adapter and this engine speak by different chat templates; give it to an engine of its own, "
+                "Engine(base, adapters={name: folder})",
+                file=Path(folder),
+            )
         with self._lock:
             self._core.adapters.add(name, Path(folder), pinned, self._core.busy)
+
+    def speaks_as(self, folder: Path) -> bool:
+        """Whether an adapter was trained with the chat template that this engine renders by."""
+        brought = brought_template(folder)
+        return not self._adopted if brought is None else brought == getattr(self.renderer, "template", None)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter and all that was computed with it. Raises InputError if unknown or answering just now."""

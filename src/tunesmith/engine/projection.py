@@ -7,6 +7,8 @@ rows have one row each on many adapters, where one product an adapter would be n
     y[j]   += sum_r low[j, r] B[j][r]    for all rows at once, ranks of any size: a weighted sum of rows of a table of
                                          all adapters' B (transposed), which is what embedding_bag computes
 
+DoRA is y = g (W x + s B A x) + bias: its B is put into the tables with g in it, and W x is multiplied beforehand.
+
 Where one adapter has been alone for a while, W + s B A is packed as well, and steps that are wholly its own use that:
 exact to rounding, and nothing is left to do for the adapter.
 """
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.models.dora import gain
 from tunesmith.models.fused_layer import Workspace
 from tunesmith.models.lora import LoraLinear, LoraModel
 from tunesmith.models.packed import PackedLinear
@@ -88,14 +91,14 @@ class DequantisedLinear:
         self._linears, self._scratch = linears, scratch
         self._out, self._in = sum(linear.out_features for linear in linears), linears[0].in_features
         biases: list[tuple[Tensor | None, int]] = [(each.bias, each.out_features) for each in linears]
-        self._bias = None
+        self.bias = None
         if any(bias is not None for bias, _ in biases):
-            self._bias = torch.cat([torch.zeros(width) if bias is None else bias.detach() for bias, width in biases])
+            self.bias = torch.cat([torch.zeros(width) if bias is None else bias.detach() for bias, width in biases])
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], new."""
         weight = stack_matrices(self._linears, self._scratch.take("weight", self._out, self._in))
-        return torch.mm(x, weight.t()) if self._bias is None else torch.addmm(self._bias, x, weight.t())
+        return torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
 
 
 class Projection:
@@ -118,6 +121,7 @@ class Projection:
         self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
         self._tables = [torch.zeros(0, width) for width in widths]  # [room, out]: rows of B^T of all adapters
         self._downs: dict[str, Tensor] = {}  # scaling * A of all linears, [linears * rank, in]
+        self._gains: dict[str, Tensor] = {}  # g - 1 of an adapter with DoRA, [sum of out]; zero where it has none
 
     @property
     def numbers_per_rank(self) -> int:
@@ -134,6 +138,7 @@ class Projection:
         """Take an adapter over from the linears. Smaller ranks are filled up with zeros."""
         found = [each.adapters.get(name) if isinstance(each, LoraLinear) else None for each in self._linears]
         down = torch.zeros(len(found), place.rank, self._linears[0].in_features)
+        more = torch.zeros(self._columns[-1].stop)
         for index, weights in enumerate(found):
             table = self._tables[index][place.start : place.start + place.rank]
             table.zero_()
@@ -141,11 +146,19 @@ class Projection:
                 rank = weights.a.shape[0]
                 torch.mul(weights.a.detach(), weights.scaling, out=down[index, :rank])
                 table[:rank] = weights.b.detach().t()
+                if weights.magnitude is not None:
+                    g = gain(self._linears[index].dense(), weights).detach()
+                    table[:rank] *= g
+                    more[self._columns[index]] = g - 1
+        self.drop(name)
         if any(weights is not None for weights in found):
             self._downs[name] = down.flatten(0, 1)
+        if any(weights is not None and weights.magnitude is not None for weights in found):
+            self._gains[name] = more
 
     def drop(self, name: str) -> None:
         self._downs.pop(name, None)
+        self._gains.pop(name, None)
 
     @property
     def bytes(self) -> int:
@@ -153,14 +166,17 @@ class Projection:
         return 4 * sum(linear.in_features * linear.out_features for linear in self._linears)
 
     def merge(self, name: str, place: Place) -> None:
-        """Pack W + s B A of an adapter as well."""
+        """Pack W + s B A (DoRA: g times that) of an adapter as well."""
         down = self._downs.get(name)
         if down is None:
             self._merged = (name, self._packed)
             return
-        weights = []
-        for linear, table, a in zip(self._linears, self._tables, down.split(place.rank), strict=True):
+        weights, more = [], self._gains.get(name)
+        parts = zip(self._linears, self._tables, down.split(place.rank), self._columns, strict=True)
+        for linear, table, a, columns in parts:
             base = linear.base.weight if isinstance(linear, LoraLinear) else linear.weight
+            if more is not None:
+                base = base * (1 + more[columns])[:, None]
             weights.append(torch.addmm(base, table[place.start : place.start + place.rank].t(), a))
         self._merged = (name, PackedLinear(weights, self._biases))
 
@@ -171,6 +187,8 @@ class Projection:
         if self._merged is not None and self._merged[0] == mix.whole:
             return self._merged[1](x)
         y = self._packed(x)
+        if self._gains:
+            self._multiply(y, mix)
         for name, place, start, stop in mix.runs:
             down = self._downs.get(name)
             if down is not None:
@@ -181,6 +199,22 @@ class Projection:
         if len(mix.table_rows):
             self._add_singles(x, y, mix)
         return y
+
+    def _multiply(self, y: Tensor, mix: Mix) -> None:
+        """y = g W x + bias, from W x + bias, for the rows of adapters with DoRA."""
+        bias = self._packed.bias
+        for name, _, start, stop in mix.runs:
+            more = self._gains.get(name)
+            if more is not None:
+                part = y[start:stop]
+                part.addcmul_(part if bias is None else part - bias, more)
+        found = [(row, None if name is None else self._gains.get(name)) for row, (name, _) in enumerate(mix.singles)]
+        gains = {row: more for row, more in found if more is not None}
+        if gains:
+            rows = torch.tensor(list(gains))
+            part = y[rows]
+            plain = part if bias is None else part - bias
+            y[rows] = torch.addcmul(part, plain, torch.stack(list(gains.values())))
 
     def _add_singles(self, x: Tensor, y: Tensor, mix: Mix) -> None:
         count = len(self._columns)
@@ -252,7 +286,7 @@ class AdapterTables:
         for place in sorted(self.places.values(), key=lambda p: p.start):
             if place.start - end >= rank:
                 return end
-            end = place.start + place.rank
+            end = max(end, place.start + place.rank)  # one of rank 0 lies anywhere
         if end + rank > self._room:
             self._room = max(FIRST_ROOM, self._room * 3 // 2, end + rank)
             for projection in self._projections:
@@ -261,5 +295,6 @@ class AdapterTables:
 
 
 def rank_of(lora: LoraModel, name: str) -> int:
-    """An adapter's largest rank."""
-    return max(layer.adapters[name].a.shape[0] for layer in lora.layers.values() if name in layer.adapters)
+    """An adapter's largest rank in the inner linears."""
+    ranks = (layer.adapters[name].a.shape[0] for layer in lora.layers.values() if name in layer.adapters)
+    return max(ranks, default=0)

@@ -121,10 +121,13 @@ class FusedDecoder:
 
     @torch.no_grad()
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention: Attention, rows: Tensor, *, keep: bool
+        self, x: Tensor, position_ids: Tensor, attention: Attention, rows: Tensor, *, keep: bool
     ) -> tuple[Tensor, Held | None]:
-        """Normalised hidden states of `rows` [rows, hidden]; with `keep` also what `backward` wants."""
-        x, tokens = self.embedding(input_ids), len(input_ids)
+        """Normalised hidden states of `rows` [rows, hidden]; with `keep` also what `backward` wants.
+
+        x [tokens, hidden] are the tokens' embeddings, overwritten unless `keep`.
+        """
+        tokens = len(x)
         context = Pass(self._rope(x, position_ids), attention, self.work)
         pool = self.slabs if keep else self.one_layer
         slabs, kept = pool.take(tokens), list[Kept]()
@@ -149,19 +152,22 @@ class FusedDecoder:
         return hidden, None
 
     @torch.no_grad()
-    def backward(self, held: Held, d_hidden: Tensor | None) -> dict[int, Tensor]:
-        """Gradients of the adapter's parameters, by the parameters' ids. `held` is spent."""
+    def backward(
+        self, held: Held, d_hidden: Tensor | None, *, wants_x: bool = False
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Gradients of the adapter's parameters, by the parameters' ids, and where it is wanted of x. Spends `held`."""
         grads: dict[int, Tensor] = {}
+        lowest = 0 if wants_x else self.lowest
         dx = torch.zeros_like(held.last)
         if d_hidden is not None:
             rstd = self.norm.forward(held.last, torch.empty_like(held.last))
             self.norm.backward(d_hidden.clone(), held.last, rstd, dx)
-        for layer in reversed(self.layers[self.lowest :]):
+        for layer in reversed(self.layers[lowest:]):
             rows = held.rows if layer is self.layers[-1] else None
-            wants_dx = layer.index > self.lowest
+            wants_dx = wants_x or layer.index > lowest
             dx = layer.backward(held.context, held.kept[layer.index], dx, grads, rows=rows, wants_dx=wants_dx)
         self.slabs.give(held.slabs)
-        return grads
+        return grads, dx if wants_x else None
 
     def _rope(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary(x[None], position_ids[None])

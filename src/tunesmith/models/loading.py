@@ -42,6 +42,7 @@ class LoadedBase:
     device: torch.device
     stop_ids: frozenset[int]  # the tokens at which the base itself ends an answer
     quantize: Quantize | None = None  # how its linears are kept
+    template_tokens: tuple[int, ...] | None = None  # special tokens of a chat template that it did not come with
 
 
 def load_base(

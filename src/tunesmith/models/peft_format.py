@@ -22,23 +22,28 @@ from torch import Tensor, nn
 
 from tunesmith.disk import os_errors
 from tunesmith.errors import InputError
+from tunesmith.models.embedding import LoraEmbedding, TokenRows
 from tunesmith.models.lora import LoraModel, LoraWeights
 from tunesmith.models.quantised import quantisation
 from tunesmith.recipe import Adapter as AdapterSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_QUANTIZE = "base_quantize"  # in the metadata of the weights, which PEFT passes over: how the base was quantised
-TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+TENSOR = re.compile(
+    r"base_model\.model\.(?P<layer>.+)\."
+    r"(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight)?"
+)
+# What the base has at one of its ends, which PEFT may save as well.
+BASE_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.token_adapter)?(\.base_layer)?\.weight")
 # Fields of PEFT's configuration that change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "use_dora": (False,),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
-    "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
+    "ensure_weight_tying": (None, False),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
@@ -84,11 +89,14 @@ def save_adapter(
 def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
     """Put an adapter from disk over the base under `name`. Raises InputError; the base is left as it was then."""
     config = read_config(folder)
-    sides = _read_sides(folder)
+    sides = _read_sides(lora, folder)
     _refuse_other_numbers(lora, folder)
-    loaded = {layer: _layer_weights(lora, layer, pair, config, folder) for layer, pair in sides.items()}
+    tokens = _token_rows(lora, sides, config, folder)
+    loaded = {layer: _layer_weights(lora, layer, parts, config, folder) for layer, parts in sides.items()}
     for layer, weights in loaded.items():
-        lora.layers[layer].adapters[name] = weights
+        lora.everywhere[layer].adapters[name] = weights
+    for end, rows in tokens.items():
+        lora.ends[end].tokens[name] = rows
     return AdapterFacts(
         base=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
@@ -100,10 +108,11 @@ def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
     )
 
 
-def remove_adapter(lora: LoraModel, name: str) -> None:
-    """Take an adapter off every layer."""
-    for layer in lora.layers.values():
+def remove_adapter(lora: LoraModel, name: str, *, inner: bool = False) -> None:
+    """Take an adapter off every layer, or off the inner ones alone."""
+    for layer in (lora.layers if inner else lora.everywhere).values():
         layer.adapters.pop(name, None)
+        layer.tokens.pop(name, None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -128,8 +137,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_sides(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """{layer: {"A": [rank, in], "B": [out, rank]}}, in the file's order of names."""
+def _read_sides(lora: LoraModel, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """{layer: {"A": [rank, in], "B": [out, rank], "magnitude_vector": [out]}}, in the file's order of names."""
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = folder / "adapter_model.bin"
@@ -146,11 +155,14 @@ def _read_sides(folder: Path) -> dict[str, dict[str, Tensor]]:
     sides: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         match = TENSOR.fullmatch(key)
+        if match is None and _is_base_copy(lora, key, tensors[key]):
+            continue
         if match is None:
             raise InputError(f"the adapter holds {key}, which is no LoRA weight of a linear layer", file=path)
         if not torch.isfinite(tensors[key]).all():
             raise InputError(f"{key} holds numbers that are not finite; the adapter is broken", file=path)
-        sides.setdefault(match["layer"], {})[match["side"]] = tensors[key].float()
+        part = match["part"].rpartition(".")[2].removeprefix("lora_").removeprefix("embedding_")
+        sides.setdefault(match["layer"], {})[part] = tensors[key].float()
     if not sides:
         raise InputError("the adapter is empty: it holds no weights", file=path)
     return sides
@@ -177,31 +189,89 @@ def _refuse_other_numbers(lora: LoraModel, folder: Path) -> None:
         )
 
 
+def _is_base_copy(lora: LoraModel, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor is what the base has at one of its ends anyway."""
+    match = BASE_COPY.fullmatch(key)
+    end = None if match is None else lora.ends.get(match["layer"])
+    if end is None or tensor.shape != end.base.weight.shape:
+        return False
+    own = end.base.weight
+    return torch.equal(tensor.to(own.device, own.dtype), own)
+
+
+def _token_rows(
+    lora: LoraModel, sides: dict[str, dict[str, Tensor]], config: dict[str, Any], folder: Path
+) -> dict[str, TokenRows]:
+    """The rows of single tokens by the end they are for, taken out of `sides`; tied ends share the embedding's."""
+    indices: Any = config.get("trainable_token_indices") or {}
+    embedding = next((end for end, layer in lora.ends.items() if isinstance(layer, LoraEmbedding)), "")
+    named = indices if isinstance(indices, dict) else {embedding: indices}
+    found: dict[str, TokenRows] = {}
+    for end, layer in lora.ends.items():
+        rows = sides.get(end, {}).pop("trainable_tokens_delta", None)
+        if rows is None:
+            continue
+        if not sides[end]:
+            del sides[end]
+        ids = next((ids for name, ids in named.items() if f".{end}".endswith(f".{name}")), [])
+        vocabulary, hidden = layer.base.weight.shape
+        if list(rows.shape) != [len(ids), hidden] or not all(0 <= i < vocabulary for i in ids):
+            raise InputError(
+                f"trainable_token_indices does not fit this base: {end} has {vocabulary} rows of {hidden}", file=folder
+            )
+        device = layer.base.weight.device
+        found[end] = TokenRows(torch.tensor(ids, device=device), nn.Parameter(rows.to(device)))
+    if named and not found:
+        raise InputError("trainable_token_indices names tokens, but their rows are not there", file=folder)
+    if embedding in found and len({layer.base.weight.data_ptr() for layer in lora.ends.values()}) == 1:
+        found = dict.fromkeys(lora.ends, found[embedding]) | found
+    return found
+
+
+def _token_indices(lora: LoraModel, name: str) -> dict[str, list[int]] | None:
+    found = {end.rpartition(".")[2]: tokens.ids.tolist() for end, tokens in lora.token_rows(name).items()}
+    return found or None
+
+
 def _layer_weights(
-    lora: LoraModel, layer: str, pair: dict[str, Tensor], config: dict[str, Any], folder: Path
+    lora: LoraModel, layer: str, parts: dict[str, Tensor], config: dict[str, Any], folder: Path
 ) -> LoraWeights:
-    target = lora.layers.get(layer)
+    target = lora.everywhere.get(layer)
     if target is None:
-        raise InputError(f"the adapter changes {layer}, which is no inner linear layer of this base", file=folder)
-    if set(pair) != {"A", "B"}:
+        raise InputError(f"the adapter changes {layer}, which is no linear layer of this base", file=folder)
+    if not {"A", "B"} <= set(parts):
         raise InputError(f"the adapter has only one of lora_A and lora_B for {layer}", file=folder)
-    a, b = pair["A"], pair["B"]
+    if ("magnitude_vector" in parts) != bool(config.get("use_dora")):
+        said, there = ("true", "no") if config.get("use_dora") else ("false", "a")
+        raise InputError(f"use_dora is {said}, but there is {there} magnitude for {layer}", file=folder)
     rank = int(_by_pattern(config.get("rank_pattern"), layer, config["r"]))
     alpha = float(_by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]))
-    expected = (rank, target.in_features), (target.out_features, rank)
-    if (tuple(a.shape), tuple(b.shape)) != expected:
+    shapes = {
+        "A": [rank, target.in_features],
+        "B": [target.out_features, rank],
+        "magnitude_vector": [target.out_features],
+    }
+    found = {part: list(tensor.shape) for part, tensor in parts.items()}
+    expected = {part: shapes[part] for part in parts}
+    if found != expected:
         raise InputError(
-            f"the adapter does not fit this base: at {layer} it has {list(a.shape)} and {list(b.shape)} where "
-            f"{list(expected[0])} and {list(expected[1])} are expected",
+            f"the adapter does not fit this base: at {layer} it has {_listed(found)} where {_listed(expected)} are "
+            "expected",
             file=folder,
         )
     device = lora.model.device
+    magnitude = parts.get("magnitude_vector")
     return LoraWeights(
-        a=nn.Parameter(a.to(device)),
-        b=nn.Parameter(b.to(device)),
+        a=nn.Parameter(parts["A"].to(device)),
+        b=nn.Parameter(parts["B"].to(device)),
         scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
         dropout=float(config.get("lora_dropout") or 0.0),
+        magnitude=None if magnitude is None else nn.Parameter(magnitude.to(device)),
     )
+
+
+def _listed(shapes: dict[str, list[int]]) -> str:
+    return " and ".join(str(shape) for shape in shapes.values())
 
 
 def _by_pattern(patterns: dict[str, Any] | None, layer: str, default: float) -> float:
@@ -215,7 +285,7 @@ def _by_pattern(patterns: dict[str, Any] | None, layer: str, default: float) -> 
 def _config(
     lora: LoraModel, name: str, section: AdapterSection, base_name: str, revision: str | None
 ) -> dict[str, Any]:
-    adapted = {layer: module for layer, module in lora.layers.items() if name in module.adapters}
+    adapted = {layer: module for layer, module in lora.everywhere.items() if name in module.adapters}
     ranks = {layer: module.adapters[name].a.shape[0] for layer, module in adapted.items()}
     alphas = {layer: _alpha(module.adapters[name], section.rslora) for layer, module in adapted.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -228,7 +298,8 @@ def _config(
         "lora_alpha": alpha,
         "lora_dropout": section.dropout,
         "use_rslora": section.rslora,
-        "use_dora": False,
+        "trainable_token_indices": _token_indices(lora, name),
+        "use_dora": any(module.adapters[name].magnitude is not None for module in adapted.values()),
         "bias": "none",
         "fan_in_fan_out": any(module.transposed for module in adapted.values()),
         "init_lora_weights": True,
@@ -249,7 +320,7 @@ def _alpha(weights: LoraWeights, rslora: bool) -> float:
 
 def _target_modules(lora: LoraModel, adapted: list[str]) -> list[str]:
     """Short names (`q_proj`) where PEFT would select exactly the adapted layers by them, else full names."""
-    wrapped = tuple(f"{layer}." for layer in lora.layers)
+    wrapped = tuple(f"{layer}." for layer in lora.everywhere)
     every = [module for module, _ in lora.model.named_modules() if not module.startswith(wrapped)]
     short = sorted({layer.rpartition(".")[2] for layer in adapted})
     selected = {module for module in every if module.rpartition(".")[2] in short}

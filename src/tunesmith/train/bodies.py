@@ -18,7 +18,7 @@ from tunesmith.models.packed import PackedPair, can_pack, page_out
 from tunesmith.train.forward import Body, ModuleBody, T
 from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
 from tunesmith.tree.body import run_body
-from tunesmith.tree.heads import head_of
+from tunesmith.tree.heads import Head, head_of
 from tunesmith.tree.layout import TokenTree, build_tree
 from tunesmith.types import TokenizedExample
 
@@ -36,7 +36,7 @@ def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: st
     """The fastest body that computes what the (prepared) model computes, with `adapter` on."""
     parameters = list(model.parameters()) if lora is None else [p for _, p in lora.parameters(str(adapter))]
     plain = ModuleBody(model, parameters)
-    if lora is None or adapter is None or _has_dropout(lora, adapter):
+    if lora is None or adapter is None or not _is_plain(lora, adapter):
         return plain
     decoder = fuse(model, adapter)
     if decoder is None:
@@ -55,8 +55,10 @@ def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: st
     return fused if torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())) else plain
 
 
-def _has_dropout(lora: LoraModel, adapter: str) -> bool:
-    return any(layer.adapters[adapter].dropout for layer in lora.layers.values() if adapter in layer.adapters)
+def _is_plain(lora: LoraModel, adapter: str) -> bool:
+    """LoRA without dropout and magnitudes, which is what the fused decoder computes; the ends are not its business."""
+    found = [layer.adapters[adapter] for layer in lora.layers.values() if adapter in layer.adapters]
+    return not any(weights.dropout or weights.magnitude is not None for weights in found)
 
 
 def _trial(model: PreTrainedModel) -> TokenTree:
@@ -91,7 +93,12 @@ class FusedBody:
         parameters: list[nn.Parameter],
     ) -> None:
         self.model, self.decoder, self.layers, self.parameters = model, decoder, layers, parameters
-        self.device, self.head = model.device, head_of(model)
+        self.device = model.device
+        self._packed_head: Head | None = None
+
+    @property
+    def head(self) -> Head:
+        return self._packed_head or head_of(self.model)
 
     def compute(self, work: Callable[[], T]) -> T:
         return work()
@@ -99,9 +106,10 @@ class FusedBody:
     def pack(self) -> None:
         """Take another `packed_bytes` for copies of the frozen weights that make products faster."""
         self.decoder.pack()
-        if can_pack(self.head.weight) and not self.head.weight.requires_grad:
-            self.head = replace(self.head, products=PackedPair([self.head.weight.detach()]))
-            page_out(self.head.weight)
+        head = self.head
+        if can_pack(head.weight) and not head.weight.requires_grad:
+            self._packed_head = replace(head, products=PackedPair([head.weight.detach()]))
+            page_out(head.weight)
 
     @property
     def packed_bytes(self) -> int:
@@ -116,7 +124,8 @@ class FusedBody:
         self, tree: TokenTree, rows: Tensor, prefix: PrefixCache | None = None, *, record: bool = False
     ) -> tuple[Tensor, PrefixCache | None]:
         attention = _TreeAttention(TreeContext(tree, prefix=prefix, record=record), self.layers)
-        inputs = self.parameters + ([] if prefix is None else prefix.tensors())
+        embedded = self.decoder.embedding(torch.as_tensor(tree.input_ids))
+        inputs = [embedded, *self.parameters, *([] if prefix is None else prefix.tensors())]
         # autograd.Function does not say whether gradients are wanted: inside it they are always off.
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         hidden, *recorded = _FusedPass.apply(self.decoder, tree, rows, attention, keep, *inputs)  # type: ignore[misc]
@@ -183,7 +192,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 class _FusedPass(torch.autograd.Function):
-    """inputs: the adapter's parameters, then the prefix's keys and values; outputs: hidden, then recorded ones."""
+    """inputs: embeddings, adapter's parameters, the prefix's keys and values; outputs: hidden, then recorded ones."""
 
     @staticmethod
     def forward(
@@ -195,8 +204,8 @@ class _FusedPass(torch.autograd.Function):
         keep: bool,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ids, positions = torch.as_tensor(tree.input_ids), torch.as_tensor(tree.position_ids)
-        hidden, held = decoder.forward(ids, positions, attention, rows, keep=keep)
+        positions = torch.as_tensor(tree.position_ids)
+        hidden, held = decoder.forward(inputs[0], positions, attention, rows, keep=keep)
         ctx.set_materialize_grads(False)
         ctx.decoder, ctx.held, ctx.attention, ctx.inputs = decoder, held, attention, inputs
         recorded = attention.context.recorded
@@ -210,9 +219,9 @@ class _FusedPass(torch.autograd.Function):
         recorded, layers = upstream[1:], len(ctx.decoder.layers)
         if recorded:
             attention.upstream = dict(enumerate(zip(recorded[:layers], recorded[layers:], strict=True)))
-        grads = ctx.decoder.backward(held, upstream[0])
+        grads, embedded = ctx.decoder.backward(held, upstream[0], wants_x=inputs[0].requires_grad)
         ctx.held = None
         prefix = [attention.prefix_grads.get(layer, (None, None)) for layer in range(layers)]
         by_prefix = [pair[side] for side in (0, 1) for pair in prefix] if attention.context.prefix is not None else []
-        own = [grads.get(id(parameter)) for parameter in inputs[: len(inputs) - len(by_prefix)]]
-        return None, None, None, None, None, *own, *by_prefix
+        own = [grads.get(id(parameter)) for parameter in inputs[1 : len(inputs) - len(by_prefix)]]
+        return None, None, None, None, None, embedded, *own, *by_prefix

@@ -7,7 +7,7 @@ log-likelihood) the gradient is formed in the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,7 +35,8 @@ class Products(Protocol):
 class Head:
     """hidden [rows, hidden] -> logits [rows, vocabulary] = cap(scale * (hidden @ weight.T + bias)).
 
-    `products`, where the weight is frozen and there is memory for it, computes the same faster.
+    `products`, where the weight is frozen and there is memory for it, computes the same faster. `own`: ids [n] of
+    tokens whose weight is another, and that, [n, hidden].
     """
 
     weight: Tensor  # [vocabulary, hidden]
@@ -43,9 +44,18 @@ class Head:
     scale: float = 1.0  # Granite, Cohere
     softcap: float | None = None  # Gemma 2: softcap * tanh(logits / softcap)
     products: Products | None = None
+    own: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.finish(nn.functional.linear(hidden, self.weight, self.bias))
+        out = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.own is not None:
+            out = out.index_copy(-1, self.own[0], hidden @ self.own[1].t())
+        return self.finish(out)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What a gradient may be wanted of: weight, bias, and the weights of single tokens."""
+        return self.weight, self.bias, None if self.own is None else self.own[1]
 
     def finish(self, out: Tensor) -> Tensor:
         """What the model does to its logits after the product with the head's weight."""
@@ -60,7 +70,8 @@ def head_of(model: PreTrainedModel) -> Head:
     if getattr(config, "logits_scaling", None):
         scale = 1.0 / config.logits_scaling
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), scale, softcap)  # type: ignore[union-attr]
+    bias, own = getattr(module, "bias", None), getattr(module, "own", None)
+    return Head(module.weight, bias, scale, softcap, own=own)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,12 @@ class Scores:
 
     def weighted_nll(self, weights: Tensor) -> Tensor:
         """-sum(weights * logprobs), its gradient formed in the forward pass. weights [entries]."""
-        value, self.correct = _WeightedNll.apply(
-            self.hidden, self.head.weight, self.head.bias, self.head, self.entries, weights
-        )
+        value, self.correct = _WeightedNll.apply(self.hidden, *self.head.tensors, self.head, self.entries, weights)
         return value
 
     def logprobs(self) -> Tensor:
         """[entries] float32, differentiable in any way; the backward pass computes the logits again."""
-        value, self.correct = _LogProbs.apply(self.hidden, self.head.weight, self.head.bias, self.head, self.entries)
+        value, self.correct = _LogProbs.apply(self.hidden, *self.head.tensors, self.head, self.entries)
         return value
 
 
@@ -120,6 +129,8 @@ def _slices(hidden: Tensor, head: Head, entries: Entries) -> Iterator[_Slice]:
             logits = head.products.forward(hidden[start:stop])
         if head.bias is not None:
             logits += head.bias
+        if head.own is not None:
+            logits[:, head.own[0]] = (hidden[start:stop] @ head.own[1].detach().t()).to(logits.dtype)
         if head.scale != 1.0:
             logits *= head.scale
         if head.softcap is not None:
@@ -135,13 +146,18 @@ def _normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Gradients:
-    """Collects the gradients of hidden, weight and bias, slice by slice, where they are wanted."""
+    """Collects the gradients of hidden and of the head's tensors, slice by slice, where they are wanted."""
 
-    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(self, hidden: Tensor, head: Head, wanted: Sequence[bool]) -> None:
         self.source, self.head = hidden, head
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
         self.weight = torch.zeros_like(head.weight) if wanted[1] else None
         self.bias = torch.zeros_like(head.bias) if wanted[2] and head.bias is not None else None
+        self.own = torch.zeros_like(head.own[1]) if wanted[3] and head.own is not None else None
+
+    @property
+    def found(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.own
 
     def add(self, here: _Slice, lse: Tensor, by_entry: Tensor) -> None:
         """`by_entry` [entries]: derivative of the loss by each log-probability. Overwrites the logits."""
@@ -154,12 +170,22 @@ class _Gradients:
         if self.head.scale != 1.0:
             grad *= self.head.scale
         grad = grad.to(self.source.dtype)
+        apart = None
+        if self.head.own is not None:
+            ids, rows = self.head.own
+            apart = grad[:, ids]
+            grad[:, ids] = 0
+            if self.own is not None:
+                self.own.addmm_(apart.t(), self.source[here.start : here.stop])
+            apart = apart @ rows.detach()
         if self.hidden is not None:
             into = self.hidden[here.start : here.stop]
             if self.head.products is None:
                 torch.mm(grad, self.head.weight, out=into)
             else:
                 into.copy_(self.head.products.backward(grad))
+            if apart is not None:
+                into += apart
         if self.weight is not None:
             self.weight.addmm_(grad.t(), self.source[here.start : here.stop])
         if self.bias is not None:
@@ -169,9 +195,16 @@ class _Gradients:
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, entries: Entries, weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own: Tensor | None,
+        head: Head,
+        entries: Entries,
+        weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        grads = _Gradients(hidden, head, ctx.needs_input_grad[:3]) if any(ctx.needs_input_grad[:3]) else None
+        grads = _Gradients(hidden, head, ctx.needs_input_grad[:4]) if any(ctx.needs_input_grad[:4]) else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.empty(len(entries.rows), dtype=torch.bool, device=hidden.device)
         for here in _slices(hidden, head, entries):
@@ -181,7 +214,7 @@ class _WeightedNll(torch.autograd.Function):
             total += torch.dot(by_entry.double(), (picked - lse[here.rows, 0]).double())
             if grads is not None:
                 grads.add(here, lse, by_entry)
-        ctx.grads = () if grads is None else (grads.hidden, grads.weight, grads.bias)
+        ctx.grads = () if grads is None else grads.found
         ctx.mark_non_differentiable(correct)
         return total, correct
 
@@ -195,7 +228,7 @@ class _WeightedNll(torch.autograd.Function):
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, entries: Entries
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor | None, head: Head, entries: Entries
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         out = torch.empty(len(entries.rows), dtype=dtype, device=hidden.device)
@@ -215,7 +248,7 @@ class _LogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, lses = ctx.saved_tensors
-        grads = _Gradients(hidden, ctx.head, ctx.needs_input_grad[:3])
+        grads = _Gradients(hidden, ctx.head, ctx.needs_input_grad[:4])
         for here in _slices(hidden, ctx.head, ctx.entries):
             grads.add(here, lses[here.start : here.stop], upstream[0][here.entries])
-        return grads.hidden, grads.weight, grads.bias, None, None
+        return *grads.found, None, None
