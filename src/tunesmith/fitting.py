@@ -139,9 +139,9 @@ def step_plan(ready: Prepared, layout: Layout, examples: Sequence[TokenizedExamp
 def base_losses(ready: Prepared, trainable: Trainable) -> tuple[list[Example], list[float]]:
     """A sample of the training rows, evenly chosen, and what the answer of each costs before anything is learned.
 
-    None of rows that are several sequences: what they cost says little of either.
+    None of rows that are several sequences, or whose answers a teacher gave: what they cost says little of either.
     """
-    if ready.train.together > 1:
+    if ready.train.together > 1 or ready.lessons_hash is not None:
         return [], []
     examples = ready.train.examples
     count = min(len(examples), max(1, LOSS_TOKENS * len(examples) // ready.train.tokens))

@@ -25,6 +25,7 @@ MUST_MATCH = {
     "split_hash": "the split",
     "base_weights_hash": "the base's weights",
     "chat_template_hash": "the chat template",
+    "lessons_hash": "what the teacher answers",
 }
 
 
@@ -36,6 +37,7 @@ def lineage_of(ready: Prepared) -> dict[str, Any]:
         "recipe_hash": recipe.hash(),
         "data_hash": data_hash((*ready.split.train, *ready.split.held_out)),
         "split_hash": ready.split.hash,
+        "lessons_hash": ready.lessons_hash,
         "rows": {"train": len(ready.split.train), "held_out": len(ready.split.held_out)},
         "base": base.name,
         "base_revision": base.revision,

@@ -65,7 +65,9 @@ def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: R
     if renderer is None:
         pull = f"tunesmith models pull {recipe.base.model}"
         reporter.say(f"rules about tokens are left out: the base is not on this machine (`{pull}` fetches it)")
-    report = gate(recipe.data, renderer, limit=_row_limit(recipe), say=reporter.say)
+    report = gate(
+        recipe.data, renderer, limit=_row_limit(recipe), say=reporter.say, inputs=method_of(recipe.objective).taught
+    )
     if fix is not None:
         reporter.say(write_fixed(report, fix))
     if show:
@@ -88,6 +90,11 @@ def plan(
     reporter = reporter or Reporter()
     if picture is not None:
         refuse_picture(picture)
+    if data_need and method_of(recipe.objective).taught:
+        raise InputError(
+            f"--data-need measures on answers, and objective {recipe.objective.kind} has them given by a teacher; "
+            "leave it out"
+        )
     ready, _ = _prepare(recipe, reporter)
     trainable = make_trainable(ready, reporter)
     planned = plan_run(ready, trainable)
@@ -109,7 +116,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
     reporter = reporter or Reporter()
     place = folder or home() / "runs" / recipe.name
     refuse_taken(place, resume=resume)
-    ready, report = _prepare(recipe, reporter)
+    ready, report = _prepare(recipe, reporter, Run(place))
     trainable = make_trainable(ready, reporter)
     planned = plan_run(ready, trainable)
     reporter.say(planned.sentence())
@@ -216,8 +223,8 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
     return out
 
 
-def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
-    """Read, gate and tokenise. Raises RefusedError where the gate blocks."""
+def _prepare(recipe: Recipe, reporter: Reporter, run: Run | None = None) -> tuple[Prepared, DataReport]:
+    """Read, gate and tokenise; `run` keeps what a teacher answers. Raises RefusedError where the gate blocks."""
     if recipe.runtime.threads != "auto":
         torch.set_num_threads(recipe.runtime.threads)
     reporter.stage("data")
@@ -230,7 +237,7 @@ def _prepare(recipe: Recipe, reporter: Reporter) -> tuple[Prepared, DataReport]:
         raise RefusedError(
             f"{report.summary()}; `tunesmith check` shows the rows, and `--fix OUT` writes a cleaned copy", gate="data"
         )
-    return prepare(recipe, rows, reporter), report
+    return prepare(recipe, rows, reporter, run), report
 
 
 def _row_limit(recipe: Recipe) -> int | None:

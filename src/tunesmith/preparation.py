@@ -14,6 +14,9 @@ from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
+from tunesmith.store.runs import Run
+from tunesmith.teaching import teach
+from tunesmith.train.estimate import release_memory
 from tunesmith.train.methods import method_of
 from tunesmith.types import Example
 
@@ -22,6 +25,7 @@ KINDS = {
     "completion": "a prompt with its completion",
     "text": "a text",
     "preference": "a preference pair",
+    "input": "a question without its answer",
 }
 
 
@@ -36,6 +40,7 @@ class Prepared:
     limit: int
     train: Tokenized
     held_out: Tokenized | None  # None where nothing is held out
+    lessons_hash: str | None = None  # of what a teacher answered
 
     def name_row(self, example_id: str) -> str:
         """Example id -> file and line."""
@@ -47,8 +52,9 @@ class Prepared:
 
 def read_and_split(recipe: Recipe, say: Callable[[str], None]) -> Split:
     """The training and the held-out rows. Raises InputError."""
-    examples = read_examples(recipe.data, say=say)
-    held_out = read_held_out(recipe.data, say=say)
+    inputs = method_of(recipe.objective).taught
+    examples = read_examples(recipe.data, say=say, inputs=inputs)
+    held_out = read_held_out(recipe.data, say=say, inputs=inputs)
     _refuse_strange((*examples, *(held_out or ())), recipe)
     given = recipe.data.held_out
     assert held_out is not None or not isinstance(given, str)
@@ -69,8 +75,11 @@ def _refuse_strange(examples: Iterable[Example], recipe: Recipe) -> None:
         )
 
 
-def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
-    """Load the base and tokenise both sides. Raises InputError."""
+def prepare(recipe: Recipe, rows: Split, reporter: Reporter, run: Run | None = None) -> Prepared:
+    """Load the base and tokenise both sides. Raises InputError.
+
+    Where an objective has a teacher, it answers first, into the folder of `run`; a few rows only where there is none.
+    """
     reporter.stage(f"base {recipe.base.model}")
     base = load_base(
         recipe.base.model,
@@ -83,14 +92,19 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
         for note in renderer.notes:
             reporter.say(note)
     limit = length_limit(recipe, base)
-    method = method_of(recipe.objective)
+    method, lessons_hash = method_of(recipe.objective), None
     how = {"pieces": method.pieces, "strangers": method.strangers}
-    train = tokenize(rows.train, renderer, recipe.data, limit, **how)
-    held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
+    if method.taught:
+        taught = teach(recipe, rows, base, renderer, limit, run, reporter)
+        rows, train, held_out, lessons_hash = taught.split, taught.train, taught.held_out, taught.hash
+        release_memory()
+    else:
+        train = tokenize(rows.train, renderer, recipe.data, limit, **how)
+        held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
     for side in (train, held_out):
         for sentence in side.sentences(limit) if side is not None else ():
             reporter.say(sentence)
-    return Prepared(recipe, rows, base, renderer, limit, train, held_out)
+    return Prepared(recipe, rows, base, renderer, limit, train, held_out, lessons_hash)
 
 
 def length_limit(recipe: Recipe, base: LoadedBase) -> int:
