@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -14,6 +16,7 @@ import tiny_llama
 import tunesmith
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.fitting import _Watch
+from tunesmith.prove import endpoint
 from tunesmith.prove.answering import EngineModel
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_json, read_metrics
@@ -164,3 +167,121 @@ def test_a_prompt_that_is_none_is_refused_in_a_sentence(folder: Path, objective:
     with pytest.raises(InputError, match=said):
         tunesmith.train(recipe(folder, objective), folder / "no-prompt")
     assert not Run(folder / "no-prompt").exists()
+
+
+def test_a_model_of_the_same_vocabulary_teaches_by_its_distributions(folder: Path, done: Run) -> None:
+    """Here a run: the student learns what it answers to rows without an answer, and keeps those that have one."""
+    rows = [{"input": question(i)} for i in range(40)] + [
+        {"input": question(i), "output": "red"} for i in range(40, 48)
+    ]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = f"{{kind: distill, teacher: {done.folder}, kl_share: 0.8}}"
+    run = tunesmith.train(recipe(folder, objective, data="mixed.jsonl"), folder / "distilled")
+    steps = [row for row in read_metrics(run) if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(0.8 * steps[0]["kl"] + 0.2 * steps[0]["nll"], rel=1e-6)
+    assert steps[-1]["kl"] < steps[0]["kl"]
+    facts, *lessons = [json.loads(line) for line in run.lessons.read_text().splitlines()]
+    assert facts["teacher"] == str(done.folder)
+    assert {each["answer"] for each in lessons} <= {"red", "blue"}
+    assert all(f"line {n}" not in each["source"] for n in range(41, 49) for each in lessons)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(folder: Path) -> None:
+    other = PreTrainedTokenizerFast.from_pretrained(folder / "base")
+    other.add_tokens(["<more>"])
+    other.save_pretrained(folder / "other")
+    tiny_llama.llama(vocab_size=258).save_pretrained(folder / "other")
+    with pytest.raises(InputError, match="another vocabulary than .*258 and 257 tokens.*MODEL@URL"):
+        tunesmith.train(recipe(folder, f"{{kind: distill, teacher: {folder / 'other'}}}"), folder / "refused")
+    assert not Run(folder / "refused").exists()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[str, list[str]]]]:
+    """`serve(answer)` starts a chat endpoint; `answer(question, number of the call)` gives status and content."""
+    servers = []
+
+    def start(answer: Callable[[str, int], tuple[int, object]]) -> tuple[str, list[str]]:
+        asked: list[str] = []
+
+        class Chat(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked.append(body["messages"][-1]["content"])
+                status, content = answer(asked[-1], len(asked))
+                if isinstance(content, str):
+                    content = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+                raw = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"big@http://127.0.0.1:{server.server_port}/v1", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint is asked again at once."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
+
+
+def test_an_endpoint_teaches_by_its_answers_and_what_is_no_use_is_counted(folder: Path, serve, impatient) -> None:
+    """Busy calls are made again; junk, nothing and what the schema forbids are left out."""
+    (folder / "schema.json").write_text('{"type": "object", "required": ["colour"]}')
+
+    def answer(text: str, number: int) -> tuple[int, object]:
+        if number % 3 == 0:
+            return 429, {}
+        kind = int(text) % 10
+        return 200, {0: {"choices": []}, 1: "", 2: '{"color": 1}', 3: "red"}.get(kind, '{"colour": "red"}')
+
+    name, _ = serve(answer)
+    run = tunesmith.train(
+        recipe(folder, f"{{kind: distill, teacher: '{name}'}}", "data.schema=schema.json", "train.max_steps=4"),
+        folder / "served",
+    )
+    facts, *lessons = [json.loads(line) for line in run.lessons.read_text().splitlines()]
+    assert {each["answer"] for each in lessons} == {'{"colour": "red"}', None}
+    assert facts["left_out"].keys() == {
+        "the endpoint's answer is not a chat completion", "empty", "not what data.schema allows",
+    }  # fmt: skip
+    assert sum(facts["left_out"].values()) == sum(each["answer"] is None for each in lessons)
+    assert "kl" not in next(row for row in read_metrics(run) if "loss" in row)  # answers alone: no distributions
+
+
+def test_an_endpoint_that_stops_answering_ends_the_run_and_is_asked_for_the_rest_later(
+    folder: Path, serve, impatient
+) -> None:
+    alive = [True]
+    name, asked = serve(lambda text, number: (200, "red") if alive[0] and number <= 20 else (503, {}))
+    taught = recipe(folder, f"{{kind: distill, teacher: '{name}'}}")
+    with pytest.raises(InputError, match=r"stopped answering \(the endpoint answered 503.*20 of \d+ answers are kept"):
+        tunesmith.train(taught, folder / "cut")
+    known = set(asked[:20])
+    alive[0] = False
+    asked.clear()
+    with pytest.raises(InputError, match=r"stopped answering.*20 of"):
+        tunesmith.train(taught, folder / "cut", resume=True)
+    assert asked
+    assert not known & set(asked)
+
+
+def test_an_endpoint_that_cannot_be_reached_or_says_no_is_one_sentence(folder: Path, serve, impatient) -> None:
+    name, asked = serve(lambda text, number: (401, {}))
+    with pytest.raises(InputError, match=r"stopped answering.*401"):
+        tunesmith.train(recipe(folder, f"{{kind: distill, teacher: '{name}'}}"), folder / "no")
+    assert len(asked) <= 16  # a refusal is not asked for again and again
+    with pytest.raises(InputError, match="could not be reached"):
+        tunesmith.train(recipe(folder, "{kind: distill, teacher: 'big@http://127.0.0.1:9/v1'}"), folder / "no")
