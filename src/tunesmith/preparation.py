@@ -14,6 +14,7 @@ from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
+from tunesmith.replay import with_replay
 from tunesmith.store.runs import Run
 from tunesmith.teaching import teach
 from tunesmith.train.estimate import release_memory
@@ -101,6 +102,9 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter, run: Run | None = N
     else:
         train = tokenize(rows.train, renderer, recipe.data, limit, **how)
         held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
+    if recipe.data.replay:
+        train = with_replay(recipe, train, base, renderer, limit, run, reporter)
+        release_memory()
     for side in (train, held_out):
         for sentence in side.sentences(limit) if side is not None else ():
             reporter.say(sentence)

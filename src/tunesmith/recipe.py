@@ -51,6 +51,7 @@ class Data(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=2)] | None = None
     on_long: Literal["error", "drop", "truncate"] = "error"
+    replay: float = Field(default=0.0, ge=0, lt=1)  # share of general examples, answered by the base itself
 
     @field_validator("train")
     @classmethod
@@ -181,6 +182,13 @@ class Recipe(Section):
         if isinstance(objective, dict):
             raw = {**raw, "objective": {"kind": "sft", **objective}}
         return raw
+
+    @model_validator(mode="after")
+    def _patience_sees_something(self) -> Recipe:
+        if self.train.patience is not None and (self.train.eval_every == 0 or self.data.held_out == 0):
+            key = "train.eval_every" if self.train.eval_every == 0 else "data.held_out"
+            raise ValueError(f"train.patience waits for better evaluations, and {key} is 0, so there are none")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -351,7 +359,8 @@ def _as_input_error(error: ValidationError, path: Path, lines: dict[tuple[str, .
     if fault["type"] == "missing":
         return InputError(f'the key "{dotted}" is required', file=path, line=line)
     message = fault["msg"].removeprefix("Value error, ")
-    return InputError(f'"{dotted}": {message[:1].lower()}{message[1:]}', file=path, line=line)
+    said = f"{message[:1].lower()}{message[1:]}"
+    return InputError(f'"{dotted}": {said}' if dotted else said, file=path, line=line)
 
 
 def _known_keys(where: tuple[str, ...], objective: str) -> list[str]:

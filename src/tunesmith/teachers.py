@@ -76,8 +76,21 @@ def _local(
     if found is not None and found.adapter is not None:
         lora, adapter, digest = wrap(base.model), TEACHER, file_hash(found.adapter / WEIGHTS)
         load_adapter(lora, TEACHER, found.adapter)
+    engine = _engine(recipe, base, renderer, lora)
+    model = EngineModel(Weights(engine, adapter, digest), max_tokens)
+    say = partial(_likeliest, base, lora, adapter, k)
+    return Teacher(name, model, prompt, every_row=found is None, likeliest=say)
+
+
+def base_itself(recipe: Recipe, base: LoadedBase, renderer: Renderer, max_tokens: int) -> EngineModel:
+    """The base as it is before training, answering through the engine."""
+    engine = _engine(recipe, base, renderer, LoraModel(base.model, Routing()))
+    return EngineModel(Weights(engine, None, base.weights_hash), max_tokens)
+
+
+def _engine(recipe: Recipe, base: LoadedBase, renderer: Renderer, lora: LoraModel) -> Engine:
     limit = None if recipe.runtime.memory_limit == "auto" else memory_limit(recipe.runtime.memory_limit) // 8
-    engine = Engine.over(
+    return Engine.over(
         lora,
         renderer,
         context_length=base.context_length,
@@ -86,9 +99,6 @@ def _local(
         memory_limit=limit,
         packed=True,
     )
-    model = EngineModel(Weights(engine, adapter, digest), max_tokens)
-    say = partial(_likeliest, base, lora, adapter, k)
-    return Teacher(name, model, prompt, every_row=found is None, likeliest=say)
 
 
 def _likeliest(

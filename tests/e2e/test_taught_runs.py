@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -14,11 +15,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny_llama
 import tunesmith
+from tunesmith import pipeline
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.fitting import _Watch
+from tunesmith.progress import Reporter
+from tunesmith.proof import SampleScorer
 from tunesmith.prove import endpoint
 from tunesmith.prove.answering import EngineModel
 from tunesmith.recipe import Recipe
+from tunesmith.replay import PROMPTS
 from tunesmith.store.runs import Run, read_json, read_metrics
 from tunesmith.teaching import TRIED
 
@@ -101,7 +106,8 @@ def test_a_prompt_is_compressed_from_inputs_alone_and_proved(done: Run) -> None:
     assert list(by_name) == ["prompt", "tuned"]  # the default: the prompt is what the tune has to be as good as
     assert by_name["prompt"]["scores"]["chrf"]["mean"] == 1  # its own answers are what is expected
     found = report["compression"]
-    assert found["equivalent"] and found["not_worse"]
+    assert found["equivalent"]
+    assert found["not_worse"]
     assert found["ci"][0] < 0 < found["ci"][1]  # equal on every item is not equal for certain
     assert found["tokens_saved_per_call"] == len(f"system{PROMPT}") + len("<||>") + 1
     assert report["verdict"]["decision"] == "ship"
@@ -191,7 +197,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(folder: Path) -> None:
     other.add_tokens(["<more>"])
     other.save_pretrained(folder / "other")
     tiny_llama.llama(vocab_size=258).save_pretrained(folder / "other")
-    with pytest.raises(InputError, match="another vocabulary than .*258 and 257 tokens.*MODEL@URL"):
+    with pytest.raises(InputError, match=r"another vocabulary than .*258 and 257 tokens.*MODEL@URL"):
         tunesmith.train(recipe(folder, f"{{kind: distill, teacher: {folder / 'other'}}}"), folder / "refused")
     assert not Run(folder / "refused").exists()
 
@@ -285,3 +291,50 @@ def test_an_endpoint_that_cannot_be_reached_or_says_no_is_one_sentence(folder: P
     assert len(asked) <= 16  # a refusal is not asked for again and again
     with pytest.raises(InputError, match="could not be reached"):
         tunesmith.train(recipe(folder, "{kind: distill, teacher: 'big@http://127.0.0.1:9/v1'}"), folder / "no")
+
+
+def test_a_share_of_the_examples_is_the_base_answering_general_prompts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"input": question(i), "output": "red"} for i in range(40)]
+    (folder / "red.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = []
+    fit = pipeline.fit
+    monkeypatch.setattr(
+        pipeline, "fit", lambda ready, *rest, **named: prepared.append(ready) or fit(ready, *rest, **named)
+    )
+    run = tunesmith.train(recipe(folder, "{kind: sft}", "data.replay=0.2", data="red.jsonl"), folder / "replayed")
+    ids = [each.example_id for each in prepared[0].train.examples]
+    places = [i for i, each in enumerate(ids) if each.startswith("replay ")]
+    assert len(places) == round(0.25 * (len(ids) - len(places)))
+    assert max(b - a for a, b in itertools.pairwise(places)) <= 6  # spread among the others
+    first = prepared[0].train.examples[places[0]]
+    said = prepared[0].renderer.decode(first.input_ids.tolist())
+    asked = PROMPTS.read_text().splitlines()
+    assert any(prompt in said for prompt in asked)
+    assert sum("eh" in json.loads(line)["output"] for line in run.replies.read_text().splitlines()) > 0
+    with pytest.raises(InputError, match=r"data\.replay.*compress learns otherwise"):
+        tunesmith.train(recipe(folder, COMPRESS, "data.replay=0.2"), folder / "not-replayed")
+
+
+def test_what_is_replayed_is_not_what_retention_is_measured_on() -> None:
+    lines = (PROMPTS.parents[1] / "prove" / "data" / "general_prompts.jsonl").read_text().splitlines()
+    assert not {json.loads(line)["prompt"] for line in lines} & set(PROMPTS.read_text().splitlines())
+
+
+def test_patience_that_could_never_see_anything_is_refused(folder: Path) -> None:
+    for key in ("train.eval_every", "data.held_out"):
+        with pytest.raises(InputError, match=rf"yaml: train\.patience waits for better evaluations, and {key} is 0"):
+            recipe(folder, "{kind: sft}", f"{key}=0", "train.patience=2")
+
+
+def test_a_run_that_was_better_before_its_end_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"input": question(i), "output": "red"} for i in range(40)]
+    (folder / "red.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = iter((0.9, 0.2))
+    monkeypatch.setattr(SampleScorer, "mean", lambda self: next(scores))
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    tunesmith.train(recipe(folder, "{kind: sft}", data="red.jsonl"), folder / "late", reporter=reporter)
+    assert any("at their best after step 6 of 12" in each for each in said)
