@@ -113,7 +113,7 @@ def test_recipe_keys_are_a_reviewed_list() -> None:
     assert " ".join(keys(recipe.Recipe)) == (
         "name base.model base.revision base.dtype "
         "data.train data.held_out data.group_by data.format data.system data.schema data.train_on data.max_seq_len "
-        "data.on_long data.replay "
+        "data.on_long data.balance data.replay "
         "adapter.kind adapter.rank adapter.alpha adapter.target_modules adapter.rslora adapter.dropout "
         "adapter.init_from "
         "objective.kind objective.beta "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tunesmith.chat.renderer import Renderer
+from tunesmith.data.balance import balanced
 from tunesmith.data.formats import read_examples, read_held_out
 from tunesmith.data.split import Split, split
 from tunesmith.data.tokenize import Tokenized, tokenize
@@ -102,6 +103,8 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter, run: Run | None = N
     else:
         train = tokenize(rows.train, renderer, recipe.data, limit, **how)
         held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
+    if recipe.data.balance is not None:
+        train = balanced(train, rows.train, recipe.data.balance)
     if recipe.data.replay:
         train = with_replay(recipe, train, base, renderer, limit, run, reporter)
         release_memory()

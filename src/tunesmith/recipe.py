@@ -51,6 +51,7 @@ class Data(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=2)] | None = None
     on_long: Literal["error", "drop", "truncate"] = "error"
+    balance: Literal["label", "source"] | None = None  # every label, or file, counts as much as any other
     replay: float = Field(default=0.0, ge=0, lt=1)  # share of general examples, answered by the base itself
 
     @field_validator("train")
