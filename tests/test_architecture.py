@@ -23,6 +23,8 @@ ROWS = [
     {"fitting", "proof", "parity"},
     {"planning", "lineage", "watch", "stopping"},
     {"preparation"},
+    {"teaching", "replay"},
+    {"teachers"},
     {"train", "prove"},
     {"data", "engine"},
     {"chat", "models", "tree", "store"},
@@ -111,10 +113,12 @@ def test_recipe_keys_are_a_reviewed_list() -> None:
     assert " ".join(keys(recipe.Recipe)) == (
         "name base.model base.revision base.dtype base.quantize base.chat_template "
         "data.train data.held_out data.group_by data.format data.system data.schema data.train_on data.max_seq_len "
-        "data.on_long "
+        "data.on_long data.balance data.replay "
         "adapter.kind adapter.rank adapter.alpha adapter.target_modules adapter.rslora adapter.dropout "
         "adapter.init_from "
         "objective.kind objective.beta "
+        "objective.prompt objective.prompt_file objective.top_k objective.margin "
+        "objective.teacher objective.kl_share objective.keep_above "
         "train.epochs train.max_steps train.batch_examples train.lr train.schedule train.warmup_ratio "
         "train.weight_decay train.max_grad_norm train.betas train.eps train.seed train.shuffle "
         "train.eval_every train.save_every "

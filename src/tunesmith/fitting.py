@@ -25,6 +25,7 @@ from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.planning import Plan, record_actual
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
+from tunesmith.recipe import Train
 from tunesmith.stopping import resume_command
 from tunesmith.store.runs import Run, read_metrics, write_json, write_text
 from tunesmith.train import parallel
@@ -120,8 +121,7 @@ def fit(
         raise InterruptedRun(
             f"stopped after step {result.progress.step} of {len(steps)}, saved; continue with:\n  {resume_command(run)}"
         )
-    if settings.patience is not None:
-        _restore_best(run, result.progress, trainable, reporter)
+    _keep_best(settings, run, result.progress, trainable, reporter)
     if parallel.is_first():
         record_actual(run, plan)
     _publish(run, trainable, accept)
@@ -166,14 +166,14 @@ def step_plan(ready: Prepared, layout: Layout, examples: Sequence[TokenizedExamp
 def base_losses(ready: Prepared, trainable: Trainable) -> tuple[list[Example], list[float]]:
     """A sample of the training rows, evenly chosen, and what the answer of each costs before anything is learned.
 
-    None of rows that are several sequences: what they cost says little of either.
+    None of rows that are several sequences, or whose answers a teacher gave: what they cost says little of either.
     """
-    if ready.train.together > 1:
+    if ready.train.together > 1 or ready.lessons_hash is not None:
         return [], []
-    examples = ready.train.examples
+    rows = {example.id: example for example in ready.split.train}
+    examples = [each for each in ready.train.examples if each.example_id in rows]  # without what is replayed
     count = min(len(examples), max(1, LOSS_TOKENS * len(examples) // ready.train.tokens))
     sample = [examples[i * len(examples) // count] for i in range(count)]
-    rows = {example.id: example for example in ready.split.train}
     losses = row_losses(trainable.body, sample, trainable.layout)
     return [rows[example.example_id] for example in sample], losses.tolist()
 
@@ -393,9 +393,15 @@ def _keep_metrics(run: Run, step: int) -> None:
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _restore_best(run: Run, progress: Progress, trainable: Trainable, reporter: Reporter) -> None:
-    """Under `patience` the best evaluated weights are the ones kept."""
+def _keep_best(settings: Train, run: Run, progress: Progress, trainable: Trainable, reporter: Reporter) -> None:
+    """Under `patience` the best evaluated weights are the ones kept; without it a word where they were not the last."""
     if progress.best_step in (None, progress.step):
+        return
+    if settings.patience is None:
+        reporter.say(
+            f"the held-out rows were at their best after step {progress.best_step} of {progress.step}: fewer epochs "
+            "would do, or train.patience, which keeps the best"
+        )
         return
     best = load_checkpoint(run.checkpoints / f"step-{progress.best_step}", trainable.parameters)
     if best is None:

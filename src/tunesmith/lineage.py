@@ -36,6 +36,7 @@ MUST_MATCH = {
     "split_hash": "the split",
     "base_weights_hash": "the base's weights",
     "chat_template_hash": "the chat template",
+    "lessons_hash": "what the teacher answers",
 }
 # What must be the same besides, for the same bytes: sums are rounded in the order in which they are computed.
 SAME_BYTES = ("tunesmith", "packages", "processor", "device", "dtype", "threads", "layout")
@@ -70,6 +71,7 @@ def lineage_of(ready: Prepared, layout: Layout, memory_limit: int) -> dict[str, 
         "recipe_hash": recipe.hash(),
         "data_hash": data_hash((*ready.split.train, *ready.split.held_out)),
         "split_hash": ready.split.hash,
+        "lessons_hash": ready.lessons_hash,
         "rows": {"train": len(ready.split.train), "held_out": len(ready.split.held_out)},
         "base": base.name,
         "base_revision": base.revision,

@@ -72,7 +72,9 @@ def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: R
     if renderer is None:
         pull = f"tunesmith models pull {recipe.base.model}"
         reporter.say(f"rules about tokens are left out: the base is not on this machine (`{pull}` fetches it)")
-    report = gate(recipe.data, renderer, limit=_row_limit(recipe), say=reporter.say)
+    report = gate(
+        recipe.data, renderer, limit=_row_limit(recipe), say=reporter.say, inputs=method_of(recipe.objective).taught
+    )
     if fix is not None:
         reporter.say(write_fixed(report, fix))
     if show:
@@ -95,6 +97,11 @@ def plan(
     reporter = reporter or Reporter()
     if picture is not None:
         refuse_picture(picture)
+    if data_need and method_of(recipe.objective).taught:
+        raise InputError(
+            f"--data-need measures on answers, and objective {recipe.objective.kind} has them given by a teacher; "
+            "leave it out"
+        )
     ready, _ = _prepare(recipe, reporter)
     trainable = make_trainable(ready, reporter)
     planned = plan_run(ready, trainable)
@@ -127,7 +134,7 @@ def train(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, r
 
 def _train(recipe: Recipe, place: Path, before: Started | None, resume: bool, reporter: Reporter) -> None:
     """In this process, which may be one of several."""
-    ready, report = _prepare(recipe, reporter, before.threads if before else None)
+    ready, report = _prepare(recipe, reporter, Run(place), before.threads if before else None)
     trainable = make_trainable(ready, reporter, before)
     planned = plan_run(ready, trainable)
     reporter.say(planned.sentence())
@@ -262,10 +269,12 @@ def export(name: str | Path, out: Path, *, to: str) -> Path:
     return out
 
 
-def _prepare(recipe: Recipe, reporter: Reporter, threads: int | None = None) -> tuple[Prepared, DataReport]:
+def _prepare(
+    recipe: Recipe, reporter: Reporter, run: Run | None = None, threads: int | None = None
+) -> tuple[Prepared, DataReport]:
     """Read, gate and tokenise; with so many `threads` where the recipe leaves it open.
 
-    Raises RefusedError where the gate blocks.
+    `run` keeps what a teacher answers. Raises RefusedError where the gate blocks.
     """
     if recipe.runtime.threads != "auto":
         threads = recipe.runtime.threads
@@ -281,7 +290,7 @@ def _prepare(recipe: Recipe, reporter: Reporter, threads: int | None = None) -> 
         raise RefusedError(
             f"{report.summary()}; `tunesmith check` shows the rows, and `--fix OUT` writes a cleaned copy", gate="data"
         )
-    return prepare(recipe, rows, reporter), report
+    return prepare(recipe, rows, reporter, run), report
 
 
 def _row_limit(recipe: Recipe) -> int | None:

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 
 from tunesmith.chat.renderer import Renderer
 from tunesmith.chat.template import special_tokens, template_to_install
+from tunesmith.data.balance import balanced
 from tunesmith.data.formats import read_examples, read_held_out
 from tunesmith.data.split import Split, split
 from tunesmith.data.tokenize import Tokenized, tokenize
 from tunesmith.errors import InputError
 from tunesmith.models.catalogue import on_disk
 from tunesmith.models.loading import LoadedBase, load_base, load_tokenizer
+from tunesmith.models.memory import release_memory
 from tunesmith.models.quantise import describe
 from tunesmith.models.vocabulary import install, install_tokens
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
+from tunesmith.replay import with_replay
+from tunesmith.store.runs import Run
+from tunesmith.teaching import teach
+from tunesmith.train import parallel
 from tunesmith.train.methods import method_of
 from tunesmith.types import Example
 
@@ -25,6 +31,7 @@ KINDS = {
     "completion": "a prompt with its completion",
     "text": "a text",
     "preference": "a preference pair",
+    "input": "a question without its answer",
 }
 
 
@@ -39,6 +46,7 @@ class Prepared:
     limit: int
     train: Tokenized
     held_out: Tokenized | None  # None where nothing is held out
+    lessons_hash: str | None = None  # of what a teacher answered
 
     def name_row(self, example_id: str) -> str:
         """Example id -> file and line."""
@@ -50,8 +58,9 @@ class Prepared:
 
 def read_and_split(recipe: Recipe, say: Callable[[str], None]) -> Split:
     """The training and the held-out rows. Raises InputError."""
-    examples = read_examples(recipe.data, say=say)
-    held_out = read_held_out(recipe.data, say=say)
+    inputs = method_of(recipe.objective).taught
+    examples = read_examples(recipe.data, say=say, inputs=inputs)
+    held_out = read_held_out(recipe.data, say=say, inputs=inputs)
     _refuse_strange((*examples, *(held_out or ())), recipe)
     given = recipe.data.held_out
     assert held_out is not None or not isinstance(given, str)
@@ -72,8 +81,11 @@ def _refuse_strange(examples: Iterable[Example], recipe: Recipe) -> None:
         )
 
 
-def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
-    """Load the base and tokenise both sides. Raises InputError."""
+def prepare(recipe: Recipe, rows: Split, reporter: Reporter, run: Run | None = None) -> Prepared:
+    """Load the base and tokenise both sides. Raises InputError.
+
+    Where an objective has a teacher, it answers first, into the folder of `run`; a few rows only where there is none.
+    """
     reporter.stage(f"base {recipe.base.model}")
     base = load_base(
         recipe.base.model,
@@ -84,21 +96,33 @@ def prepare(recipe: Recipe, rows: Split, reporter: Reporter) -> Prepared:
     )
     if base.quantize is not None:
         reporter.say(describe(base.model, base.quantize))
-    if rows.train and rows.train[0].kind in ("chat", "preference"):
+    if rows.train and rows.train[0].kind in ("chat", "preference", "input"):
         base = with_template(base, recipe.base.chat_template, reporter.say)
     renderer = Renderer.from_tokenizer(base.tokenizer, stop_ids=base.stop_ids)
     if rows.train and rows.train[0].kind == "chat":
         for note in renderer.notes:
             reporter.say(note)
     limit = length_limit(recipe, base)
-    method = method_of(recipe.objective)
+    method, lessons_hash = method_of(recipe.objective), None
+    if parallel.size() > 1 and (method.taught or recipe.data.replay):
+        raise InputError("what the base answers before training it answers in one process; set runtime.workers to 1")
     how = {"pieces": method.pieces, "strangers": method.strangers}
-    train = tokenize(rows.train, renderer, recipe.data, limit, **how)
-    held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
+    if method.taught:
+        taught = teach(recipe, rows, base, renderer, limit, run, reporter)
+        rows, train, held_out, lessons_hash = taught.split, taught.train, taught.held_out, taught.hash
+        release_memory()
+    else:
+        train = tokenize(rows.train, renderer, recipe.data, limit, **how)
+        held_out = tokenize(rows.held_out, renderer, recipe.data, limit, **how) if rows.held_out else None
+    if recipe.data.balance is not None:
+        train = balanced(train, rows.train, recipe.data.balance)
+    if recipe.data.replay:
+        train = with_replay(recipe, train, base, renderer, limit, run, reporter)
+        release_memory()
     for side in (train, held_out):
         for sentence in side.sentences(limit) if side is not None else ():
             reporter.say(sentence)
-    return Prepared(recipe, rows, base, renderer, limit, train, held_out)
+    return Prepared(recipe, rows, base, renderer, limit, train, held_out, lessons_hash)
 
 
 def with_template(base: LoadedBase, asked: str | None, say: Callable[[str], None]) -> LoadedBase:

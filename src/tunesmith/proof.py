@@ -27,6 +27,7 @@ from tunesmith.prove.scoring import choose_scorers, needs_model
 from tunesmith.prove.task import detect_task
 from tunesmith.recipe import Base, Recipe
 from tunesmith.store.runs import Located, Run, locate, read_json, read_metrics
+from tunesmith.teaching import teaching_seconds, with_lessons
 from tunesmith.train.estimate import memory_limit
 from tunesmith.types import Example, Item
 
@@ -51,10 +52,10 @@ def prove_run(run: Run, recipe: Recipe, reporter: Reporter) -> Report:
     reporter.stage(f"engine over {recipe.base.model}")
     options = Options(
         schema=_schema(recipe),
-        training_seconds=sum(row.get("seconds", 0.0) for row in read_metrics(run)),
+        training_seconds=sum(row.get("seconds", 0.0) for row in read_metrics(run)) + teaching_seconds(run),
     )
     voices = _voices(run, recipe, lineage["base_weights_hash"])
-    return prove_items(rows.held_out, rows.train, recipe, voices, run.folder, options, reporter)
+    return prove_items(with_lessons(rows.held_out, run), rows.train, recipe, voices, run.folder, options, reporter)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ Auto = Literal["auto"]
 Quantize = Literal["nf4", "int8", "keep"]  # keep: the quantised blocks of the base's own GGUF file
 
 
+def is_endpoint(name: str) -> bool:
+    """Whether a name is of the form MODEL@URL: an OpenAI-compatible endpoint."""
+    return "@http://" in name or "@https://" in name
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,6 +55,8 @@ class Data(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     max_seq_len: Annotated[int, Field(ge=2)] | None = None
     on_long: Literal["error", "drop", "truncate"] = "error"
+    balance: Literal["label", "source"] | None = None  # every label, or file, counts as much as any other
+    replay: float = Field(default=0.0, ge=0, lt=1)  # share of general examples, answered by the base itself
 
     @field_validator("train")
     @classmethod
@@ -96,7 +103,33 @@ class Kto(Section):
     beta: float = Field(default=0.1, gt=0)  # how dear it is to leave the reference
 
 
-Objective = Annotated[Sft | Cpt | Dpo | Orpo | Kto, Field(discriminator="kind")]
+class Compress(Section):
+    """A long system prompt learned away. The teacher is the base with the prompt, the student the base without it."""
+
+    kind: Literal["compress"] = "compress"
+    prompt: str | None = None
+    prompt_file: str | None = None  # a text, or a .json file of chat turns
+    top_k: int = Field(default=50, ge=1)  # the teacher's likeliest tokens that are kept; the others count as one
+    margin: float = Field(default=5.0, gt=0)  # points the student may be behind and still do as well
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Compress:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("give either prompt or prompt_file: the prompt that is to go into the weights")
+        return self
+
+
+class Distill(Section):
+    """Learn from another model: an endpoint's answers, or the distributions of a model on this machine."""
+
+    kind: Literal["distill"] = "distill"
+    teacher: str  # MODEL@URL, a base, or a run
+    kl_share: float = Field(default=0.5, ge=0, le=1)  # of the loss; the rest is the answers' own log-likelihood
+    top_k: int = Field(default=50, ge=1)
+    keep_above: Annotated[float, Field(ge=0, le=100)] | None = None  # points an answer must reach where one is expected
+
+
+Objective = Annotated[Sft | Cpt | Dpo | Orpo | Kto | Compress | Distill, Field(discriminator="kind")]
 
 
 class Train(Section):
@@ -157,6 +190,13 @@ class Recipe(Section):
         if isinstance(objective, dict):
             raw = {**raw, "objective": {"kind": "sft", **objective}}
         return raw
+
+    @model_validator(mode="after")
+    def _patience_sees_something(self) -> Recipe:
+        if self.train.patience is not None and (self.train.eval_every == 0 or self.data.held_out == 0):
+            key = "train.eval_every" if self.train.eval_every == 0 else "data.held_out"
+            raise ValueError(f"train.patience waits for better evaluations, and {key} is 0, so there are none")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -314,9 +354,12 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         for key in ("held_out", "schema"):
             if isinstance(data.get(key), str):
                 data[key] = resolve(data[key])
-    for section, key in (("adapter", "init_from"), ("prove", "knowledge")):
+    for section, key in (("adapter", "init_from"), ("prove", "knowledge"), ("objective", "prompt_file")):
         if isinstance(raw.get(section), dict) and raw[section].get(key) is not None:
             raw[section][key] = resolve(raw[section][key])
+    objective = raw.get("objective")
+    if isinstance(objective, dict) and str(objective.get("teacher", "")).startswith((".", "~", "/")):
+        objective["teacher"] = resolve(objective["teacher"])
     base = raw.get("base")
     model = base.get("model") if isinstance(base, dict) else base
     if isinstance(model, str) and (model.endswith(".gguf") or model.startswith((".", "~", "/"))):

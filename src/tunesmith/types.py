@@ -40,11 +40,12 @@ class Example:
     completion  `prompt` and `completion`, no template  (prompt_completion of strings)
     text        `text`                                       (text)
     preference  `messages` the shared prompt, `chosen` and `rejected` the two continuations
+    input       `messages` ending in a user turn: a teacher will answer   (the first two formats, without an answer)
     """
 
     id: str  # hex digest of the content: equal rows have equal ids
     source: Source
-    kind: Literal["chat", "completion", "text", "preference"]
+    kind: Literal["chat", "completion", "text", "preference", "input"]
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     prompt: str | None = None

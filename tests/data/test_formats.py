@@ -240,3 +240,31 @@ def test_a_file_of_blank_lines_holds_no_rows(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ["", "  "])
     with pytest.raises(InputError, match="no rows"):
         read_examples(recipe_data(path))
+
+
+def test_rows_for_a_teacher_may_leave_the_answer_out(tmp_path):
+    """Alone or among rows that have one, as a text or as turns; without a teacher they are refused as before."""
+    rows = [{"input": "q1", "group": 1}, {"input": "q2", "output": "a2"}, chat("q3", "a3", "q4"), chat("q5", "a5")]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows[:2]])
+    first, second = read_examples(recipe_data(path, system="s"), inputs=True)
+    assert (first.kind, second.kind) == ("input", "chat")
+    assert [turn["role"] for turn in first.messages] == ["system", "user"]
+    assert (input_text(first), answer_text(first), first.columns) == ("q1", "", {"group": 1})
+    turns, whole = read_examples(recipe_data(write_jsonl(tmp_path / "turns.jsonl", rows[2:])), inputs=True)
+    assert (turns.kind, whole.kind) == ("input", "chat")
+    assert [turn["content"] for turn in turns.messages] == ["q3", "a3", "q4"]
+    for refused, said in (({"input": " "}, "line 1: the row asks nothing"), (chat(""), "line 1: the row asks nothing")):
+        with pytest.raises(InputError, match=said):
+            read_examples(recipe_data(write_jsonl(tmp_path / "bad.jsonl", [refused])), inputs=True)
+    with pytest.raises(InputError, match=r'line 1: .*"output"'):
+        read_examples(recipe_data(path))
+
+
+def test_the_gate_takes_rows_without_answers_as_they_are(tmp_path):
+    from tunesmith.data.checks import gate
+
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"input": f"what is {i} times {i + 3}?"} for i in range(60)])
+    report = gate(recipe_data(path, schema=str(tmp_path / "schema.json")), inputs=True)
+    assert not report.blocked, report.summary()
+    assert not {finding.rule for finding in report.findings} & {"schema-invalid", "same-answer", "json-drift"}

@@ -10,7 +10,8 @@ import pytest
 
 from tunesmith.errors import InputError
 from tunesmith.prove.answering import Prompt, ReplyCache
-from tunesmith.prove.endpoint import Endpoint, is_endpoint
+from tunesmith.prove.endpoint import Endpoint
+from tunesmith.recipe import is_endpoint
 
 PROMPTS = [Prompt(messages=({"role": "user", "content": f"q{i}"},)) for i in range(12)]
 

@@ -61,11 +61,15 @@ def gate(
     *,
     limit: int | None = None,
     say: Callable[[str], None] = silent,
+    inputs: bool = False,
 ) -> DataReport:
-    """Read a recipe's rows, split and check them; rows that can't be read become findings. Raises InputError."""
+    """Read a recipe's rows, split and check them; rows that can't be read become findings. Raises InputError.
+
+    `inputs`: rows may leave the answer to a teacher.
+    """
     faults: list[Finding] = []
-    examples = read_examples(data, faults=faults, say=say)
-    given = read_held_out(data, faults=faults, say=say)
+    examples = read_examples(data, faults=faults, say=say, inputs=inputs)
+    given = read_held_out(data, faults=faults, say=say, inputs=inputs)
     held_out = data.held_out if given is None else given
     assert not isinstance(held_out, str), "a held-out file has been read"
     return check(split(examples, held_out, data.group_by), data, renderer, limit=limit, faults=faults)

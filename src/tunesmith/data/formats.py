@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 
 from tunesmith.data.files import bare_suffix, megabytes
 from tunesmith.data.hub import PREFIX
-from tunesmith.data.interpret import Format, detect, is_format, refuse_alpaca, refuse_unknown, to_example
+from tunesmith.data.interpret import (
+    Format,
+    detect,
+    is_format,
+    lacks_answer,
+    refuse_alpaca,
+    refuse_unknown,
+    to_example,
+    to_input,
+)
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import InputError
@@ -23,32 +32,43 @@ def silent(sentence: str) -> None:
 
 
 def read_examples(
-    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = silent
+    data: Data,
+    *,
+    faults: list[Finding] | None = None,
+    say: Callable[[str], None] = silent,
+    inputs: bool = False,
 ) -> list[Example]:
     """Every training row of the recipe's data section, in order.
 
     A bad row raises InputError; with `faults` given it is left out and a blocking Finding appended there instead.
     `say` is told in a sentence which format was found and why. A file of weight 2.5 gives each of its rows twice and
     half of them (always the same half) a third time; of weight 0.1 a tenth of them. Copies share their `source`.
+    `inputs`: rows may leave the answer out (a teacher will give it).
     """
-    reader = _Reader(data, faults, say)
+    reader = _Reader(data, faults, say, inputs)
     return [example for file in data.train_files for example in reader.examples(file)]
 
 
 def read_held_out(
-    data: Data, *, faults: list[Finding] | None = None, say: Callable[[str], None] = silent
+    data: Data,
+    *,
+    faults: list[Finding] | None = None,
+    say: Callable[[str], None] = silent,
+    inputs: bool = False,
 ) -> list[Example] | None:
     """The rows of the held-out file, or None where `data.held_out` is a fraction. Raises InputError."""
     if not isinstance(data.held_out, str):
         return None
-    return list(_Reader(data, faults, say).examples(TrainFile(path=data.held_out, weight=1.0)))
+    return list(_Reader(data, faults, say, inputs).examples(TrainFile(path=data.held_out, weight=1.0)))
 
 
 class _Reader:
     """Reads files that must agree in their format, up to a total size."""
 
-    def __init__(self, data: Data, faults: list[Finding] | None, say: Callable[[str], None]) -> None:
-        self._data, self._faults, self._say = data, faults, say
+    def __init__(
+        self, data: Data, faults: list[Finding] | None, say: Callable[[str], None], inputs: bool = False
+    ) -> None:
+        self._data, self._faults, self._say, self._inputs = data, faults, say, inputs
         self._format: Format | None = None if data.format == "auto" else data.format
         self._first: Source | None = None
         self._size = 0
@@ -78,6 +98,8 @@ class _Reader:
 
     def _example(self, row: Row) -> Example:
         auto = self._data.format == "auto"
+        if self._inputs and lacks_answer(row.fields):
+            return to_input(row, self._data.system)
         if self._format is None:
             found = detect(row.fields)
             if found is None:

@@ -66,6 +66,28 @@ def to_example(row: Row, format: Format, system: str | None = None) -> Example:
             return _from_text(row)
 
 
+def lacks_answer(fields: Mapping[str, Any]) -> bool:
+    """Whether a row asks something and leaves the answer out: `input` alone, or `messages` ending in a user turn."""
+    turns = fields.get("messages")
+    if turns is None:
+        return fields.get("input") is not None and fields.get("output") is None
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "user"
+
+
+def to_input(row: Row, system: str | None = None) -> Example:
+    """Interpret a row that leaves the answer to a teacher. Raises RowError."""
+    if row.fields.get("messages") is not None:
+        messages = read_turns(row.fields["messages"], row.source)
+        tools = read_tools(row.fields.get("tools"), row.source)
+    else:
+        asked: Message = {"role": "user", "content": _as_text(row.fields["input"])}
+        messages, tools = (asked,), ()
+    if not (messages[-1].get("content") or "").strip():
+        raise RowError("the row asks nothing; give it a question, or remove it", rule="empty-input", source=row.source)
+    used = {"messages", "tools", "input", "output"}
+    return _example(row, "input", used, messages=_with_system(messages, system), tools=tools)
+
+
 def _from_messages(row: Row, system: str | None) -> Example:
     messages = read_turns(row.fields["messages"], row.source)
     require_answer(messages, row.source)
@@ -181,7 +203,7 @@ def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mes
 
 
 def _example(
-    row: Row, kind: Literal["chat", "completion", "text", "preference"], used: set[str], **parts: Any
+    row: Row, kind: Literal["chat", "completion", "text", "preference", "input"], used: set[str], **parts: Any
 ) -> Example:
     columns = {key: value for key, value in row.fields.items() if key not in used}
     try:

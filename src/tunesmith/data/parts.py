@@ -41,10 +41,10 @@ def input_text(example: Example) -> str:
 
 
 def answer_text(example: Example) -> str:
-    """What must be answered: the last assistant turn, the completion, the chosen turn; "" for a text row."""
+    """What must be answered: the last assistant turn, the completion, the chosen turn; "" for a text or an input."""
     if example.kind == "completion":
         return example.completion or ""
-    if example.kind == "text":
+    if example.kind in ("text", "input"):
         return ""
     return said(example.messages[-1] if example.kind == "chat" else example.chosen[-1])
 

@@ -119,6 +119,9 @@ def render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Rend
 def _render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Rendered]:
     if example.kind == "chat":
         return [*renderer.chat_example(example.messages, example.tools, train_on=train_on)]
+    if example.kind == "input":
+        ids = renderer.prompt_ids(example.messages, list(example.tools))
+        return [(ids, [0.0] * len(ids))]
     if example.kind == "completion":
         assert example.prompt is not None
         assert example.completion is not None

@@ -1,6 +1,6 @@
 """The contenders a recipe names, built. Each is a few lines: a model, and a way to write the prompt.
 
-prompt            the base and an honest instruction
+prompt            the base and an honest instruction, or the prompt that a run with objective compress makes needless
 few_shot          the same, with worked examples from the training rows as earlier turns
 retrieval         the same, with passages found by BM25 before the question
 tuned             the adapter, given exactly the prompt it was trained on
@@ -19,20 +19,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.prompts import with_prompt
 from tunesmith.errors import InputError
 from tunesmith.prove.answering import EngineModel, Model, Prompt, ReplyCache, Weights
 from tunesmith.prove.choice import LOOKS, Choice, choose
 from tunesmith.prove.classifier import Classifier
 from tunesmith.prove.contender import Contender, Kind, Prompted
-from tunesmith.prove.endpoint import Endpoint, is_endpoint
+from tunesmith.prove.endpoint import Endpoint
 from tunesmith.prove.key_order import decoding_schema
 from tunesmith.prove.retrieval import Index, as_context, read_knowledge
 from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.shots import Shots, fixed_shots, similar_shots
 from tunesmith.prove.task import Task, question
 from tunesmith.prove.wordings import Page, Wording, wordings
-from tunesmith.recipe import Prove
-from tunesmith.types import Item
+from tunesmith.recipe import Prove, is_endpoint
+from tunesmith.types import Item, Message
 
 PASSAGES = 3
 BUILT_IN = ("prompt", "few_shot", "retrieval", "tuned", "tuned+retrieval", "tfidf")
@@ -52,6 +53,7 @@ class Bench:
     scorer: Scorer
     cache: ReplyCache
     max_tokens: int
+    prompt: tuple[Message, ...] = ()  # what `prompt` is given where the recipe has a prompt to compress
     choices: list[Choice] = field(default_factory=list)
 
     def model(self, weights: Weights, schema: dict[str, Any] | None = None) -> EngineModel:
@@ -128,6 +130,8 @@ class Bench:
         if plain in self.tuned and plain not in BUILT_IN:
             return self._tuned(name, "previous", self.model(self.tuned[plain], schema))
         base = self.model(self.base, schema)
+        if plain == "prompt" and self.prompt:
+            return Prompted(name, "prompt", base, lambda item: _behind(self.prompt, item))
         if plain == "prompt":
             return self._prompted(name, "prompt", self.wording, model=base)
         if plain == "few_shot":
@@ -191,6 +195,10 @@ class Bench:
         return True
 
 
+def _behind(prompt: Sequence[Message], item: Item) -> Prompt:
+    return Prompt(with_prompt(prompt, item.messages), item.tools)
+
+
 def no_contender(name: str) -> InputError:
     """What to say of a name in prove.contenders that stands for nothing."""
     known = ", ".join((*BUILT_IN, "MODEL@URL"))
@@ -203,10 +211,15 @@ def earlier_names(prove: Prove) -> list[str]:
     return [name for name in plain if name not in BUILT_IN]
 
 
-def contender_names(prove: Prove, task: Task) -> list[str]:
-    """The recipe's contenders; a list left at its default grows by tfidf for labels and +schema where there is one."""
+def contender_names(prove: Prove, task: Task, *, compressed: bool = False) -> list[str]:
+    """The recipe's contenders; a list left at its default grows by tfidf for labels and +schema where there is one.
+
+    Where a prompt was compressed the default is that prompt against the tune, and nothing else.
+    """
     names = list(dict.fromkeys(prove.contenders))
     if prove.contenders == Prove.model_fields["contenders"].default:
+        if compressed:
+            return ["prompt", TUNED]
         if task.kind == "label":
             names.append("tfidf")
         if task.kind == "json" and task.schema is not None:

@@ -22,11 +22,6 @@ RETRIED_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
 FAILURES_UNTIL_DEAD = 5  # in a row; the rest is then not asked, and counted as unanswered
 
 
-def is_endpoint(name: str) -> bool:
-    """Whether a contender's name is of the form MODEL@URL."""
-    return "@http://" in name or "@https://" in name
-
-
 @dataclass(slots=True)
 class Endpoint:
     """A hosted model at temperature 0. A call that fails for good gives a reply with its error."""
@@ -38,6 +33,11 @@ class Endpoint:
     at_once: int = 4
     first_wait: float = 1.0  # seconds before the second attempt; doubles
     _failures: int = field(default=0, init=False)
+
+    @property
+    def dead(self) -> bool:
+        """It failed so often in a row that it is asked no more."""
+        return self._failures >= FAILURES_UNTIL_DEAD
 
     def fingerprint(self, prompt: Prompt) -> str | None:
         """The model, where it lives, and all it is asked."""
@@ -58,7 +58,7 @@ class Endpoint:
             return replies
 
     def _answer(self, prompt: Prompt) -> Reply:
-        if self._failures >= FAILURES_UNTIL_DEAD:
+        if self.dead:
             return failed("not asked: the endpoint had stopped answering")
         began = time.perf_counter()
         try:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.items import items as items_of
+from tunesmith.data.prompts import read_prompt
 from tunesmith.engine.completer import PromptRenderer
 from tunesmith.errors import InputError
 from tunesmith.progress import Reporter
 from tunesmith.prove.answering import EngineModel, Model, Prompt, ReplyCache, Weights
 from tunesmith.prove.contenders import TUNED, Bench, contender_names
-from tunesmith.prove.endpoint import Endpoint, is_endpoint
+from tunesmith.prove.endpoint import Endpoint
 from tunesmith.prove.graders import Ask
 from tunesmith.prove.ladder import Plan, run_ladder
 from tunesmith.prove.measures import Prices
@@ -25,7 +26,8 @@ from tunesmith.prove.scorers import LabelReader, Scorer
 from tunesmith.prove.scoring import choose_scorers
 from tunesmith.prove.slices import slice_items
 from tunesmith.prove.task import Task, detect_task
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Compress, Recipe, is_endpoint
+from tunesmith.store.runs import Run
 from tunesmith.types import Example, Item
 
 GRADING_TOKENS = 64  # of a judge's or grading model's answer
@@ -75,13 +77,16 @@ def prove_items(
     if not items:
         raise InputError("there are no held-out rows to prove on; set data.held_out to a fraction or a file")
     task = detect_task([*train_items, *items], options.schema)
-    cache = ReplyCache(folder / "replies.jsonl")
+    cache = ReplyCache(Run(folder).replies)
     max_tokens = answer_budget(recipe, train_items or items, voices.base.engine.renderer)
     ask = asker(voices, cache)
     scorers = choose_scorers(recipe.prove.scorers, task, ask=ask, grader_file=options.grader_file)
-    bench = Bench(voices.base, voices.tuned, train_items, task, recipe.prove, scorers[0], cache, max_tokens)
+    objective = recipe.objective
+    prompt = read_prompt(objective) if isinstance(objective, Compress) else ()
+    bench = Bench(voices.base, voices.tuned, train_items, task, recipe.prove, scorers[0], cache, max_tokens, prompt)
     reporter.stage("choosing wordings and examples on training rows")
-    contenders = [bench.build(name) for name in contender_names(recipe.prove, task) if _possible(name, voices)]
+    names = contender_names(recipe.prove, task, compressed=bool(prompt))
+    contenders = [bench.build(name) for name in names if _possible(name, voices)]
     reporter.stage("asking every contender the held-out rows")
     plan = make_plan(items, train_items, scorers, task, recipe.data.group_by)
     reference = next((each.name for each in contenders if each.kind == "tuned"), None)
@@ -99,6 +104,7 @@ def prove_items(
         "retention": _retention(recipe, voices, options, reporter),
         "prices": asdict(options.prices),
         "training_seconds": options.training_seconds,
+        "compress_margin": objective.margin / 100 if isinstance(objective, Compress) else None,
     }
     write_rows(folder / "items.jsonl", rows, proof)
     report = report_from_items(folder / "items.jsonl")

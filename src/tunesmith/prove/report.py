@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.prove.compression import break_even_calls, compare_with_prompt
 from tunesmith.prove.measures import Paired, Prices, Result, all_pairs, by_contender, interval_json, result
 from tunesmith.prove.retention import Measurements, summarise
 from tunesmith.prove.rows import Row, read_rows
@@ -29,6 +30,7 @@ class Report:
     slices: tuple[dict[str, Any], ...]
     retention: dict[str, Any] | None
     cost: dict[str, Any]
+    compression: dict[str, Any] | None
     verdict: Verdict
     rows: tuple[Row, ...]
     proof: dict[str, Any]
@@ -45,6 +47,7 @@ class Report:
             "slices": list(self.slices),
             "retention": self.retention if self.retention is not None else {},
             "cost": self.cost,
+            "compression": self.compression,
             "choices": self.proof["choices"],
             "verdict": self.verdict.to_json(),
         }
@@ -77,6 +80,11 @@ def build_report(rows: Sequence[Row], proof: Mapping[str, Any]) -> Report:
     retention = summarise(Measurements.from_json(measured)) if measured is not None else None
     tuned, alternative = best_tuned(results, pairs, scorer), best_alternative(results, scorer)
     pair = find_pair(pairs, tuned.name, alternative.name) if tuned and alternative else None
+    margin = proof.get("compress_margin")
+    cost = _cost(tuned, alternative, proof)
+    compression = (
+        None if margin is None else compare_with_prompt(results, pairs, scorer, margin, proof["training_seconds"])
+    )
     return Report(
         scorer=scorer,
         results=tuple(results),
@@ -84,8 +92,11 @@ def build_report(rows: Sequence[Row], proof: Mapping[str, Any]) -> Report:
         minimum_detectable_effect=None if pair is None else pair.minimum_detectable_effect,
         slices=tuple(_slices(grouped, scorer, tuned, alternative)),
         retention=retention,
-        cost=_cost(tuned, alternative, proof),
-        verdict=decide(results, pairs, scorer, retention),
+        cost=cost,
+        compression=None if compression is None else compression.to_json(),
+        verdict=decide(results, pairs, scorer, retention)
+        if compression is None
+        else compression.decide(scorer, retention),
         rows=tuple(rows),
         proof=dict(proof),
     )
@@ -106,9 +117,8 @@ def _cost(tuned: Result | None, alternative: Result | None, proof: Mapping[str, 
     calls = price = None
     if seconds is not None and prices.per_hour is not None:
         price = seconds / 3600 * prices.per_hour
-    if tuned is not None and alternative is not None and seconds is not None:
-        saved = alternative.seconds_per_item - tuned.seconds_per_item
-        calls = round(seconds / saved) if saved > 0 else None
+    if tuned is not None and alternative is not None:
+        calls = break_even_calls(seconds, alternative, tuned)
     return {
         "currency": prices.currency,
         "price_per_hour": prices.per_hour,

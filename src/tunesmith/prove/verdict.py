@@ -121,14 +121,14 @@ def _better(
     scorer: str,
     retention: Mapping[str, Any] | None,
 ) -> Verdict:
-    gain = f"{tuned.name} beats the best alternative, {alternative.name}, by {_span(pair)}"
+    gain = f"{tuned.name} beats the best alternative, {alternative.name}, by {span(pair)}"
     if tuned.unanswered > MOST_UNANSWERED * tuned.items:
         missing = f"{tuned.unanswered} of {tuned.items} items went unanswered"
         return Verdict("hold", f"{gain}, but {missing}", None)
     for earlier in (each for each in whole if each.kind == "previous"):
         against = find_pair(pairs, tuned.name, earlier.name)
         if against is not None and against.ci[0] <= 0 and earlier.scores[scorer].mean >= tuned.scores[scorer].mean:
-            return Verdict("hold", f"{gain}, but not the earlier {earlier.name} ({_span(against)})", earlier.name)
+            return Verdict("hold", f"{gain}, but not the earlier {earlier.name} ({span(against)})", earlier.name)
     if retention is not None and not retention["kept"]:
         return Verdict("hold", f"{gain}, but general behaviour was lost: {'; '.join(retention['reasons'])}", None)
     kept = "; general behaviour is kept" if retention is not None else ""
@@ -141,15 +141,15 @@ def _endpoint_ahead(tuned: Result, whole: Sequence[Result], pairs: Sequence[Pair
     for endpoint in (each for each in whole if each.kind == "endpoint"):
         pair = find_pair(pairs, endpoint.name, tuned.name)
         if pair is not None and pair.ci[0] > 0:
-            return f"; the endpoint {endpoint.name} is ahead by {_span(pair)}"
+            return f"; the endpoint {endpoint.name} is ahead by {span(pair)}"
     return ""
 
 
 def _not_better(tuned: Result, alternative: Result, pair: Paired, pairs: Sequence[Paired]) -> Verdict:
     if pair.ci[1] < 0:
-        reason = f"{alternative.name} beats {tuned.name} by {_span(pair.reversed())}"
+        reason = f"{alternative.name} beats {tuned.name} by {span(pair.reversed())}"
     else:
-        reason = f"{tuned.name} gains less than {SMALL_GAIN * 100:.0f} points over {alternative.name}: {_span(pair)}"
+        reason = f"{tuned.name} gains less than {SMALL_GAIN * 100:.0f} points over {alternative.name}: {span(pair)}"
     if alternative.kind == "classifier":
         return Verdict("hold", f"{reason}; a classifier that needs no language model does as well", alternative.name)
     decision: Decision = "retrieve" if alternative.kind == "retrieval" else "prompt"
@@ -158,7 +158,7 @@ def _not_better(tuned: Result, alternative: Result, pair: Paired, pairs: Sequenc
 
 def _undecided(tuned: Result, alternative: Result, pair: Paired) -> Verdict:
     effect = pair.minimum_detectable_effect
-    between = f"{tuned.name} against {alternative.name} is undecided at {_span(pair)}"
+    between = f"{tuned.name} against {alternative.name} is undecided at {span(pair)}"
     needed = round(pair.groups * (effect / SMALL_GAIN) ** 2)
     if effect > COARSEST:
         reason = f"{between}; about {needed:,} items would show a difference of {SMALL_GAIN * 100:.0f} points"
@@ -188,7 +188,7 @@ def _best_tuned(arms: Sequence[Result], pairs: Sequence[Paired], scorer: str) ->
     return best if pair is not None and pair.ci[0] > 0 else plain
 
 
-def _span(pair: Paired) -> str:
+def span(pair: Paired) -> str:
     """12.3 points of field F1 (8.0 to 16.5, n = 145)"""
     low, high = pair.ci
     return f"{points(pair.diff)} points of {title(pair.scorer)} ({points(low)} to {points(high)}, n = {pair.n})"

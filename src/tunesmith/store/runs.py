@@ -63,6 +63,16 @@ class Run:
         return self.folder / "columns.safetensors"
 
     @property
+    def lessons(self) -> Path:
+        """What a teacher answered: a line of facts, then one a row."""
+        return self.folder / "lessons.jsonl"
+
+    @property
+    def replies(self) -> Path:
+        """Every answer that was waited for, by what it depends on: nothing is asked twice."""
+        return self.folder / "replies.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

@@ -15,27 +15,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from tunesmith.data.batches import Layout, make_step
 from tunesmith.disk import flush, os_errors
 from tunesmith.train import parallel
 from tunesmith.train.forward import Batch, Body
 from tunesmith.train.gradient import accumulate
-from tunesmith.train.losses import REFERENCE, LossOutput
+from tunesmith.train.losses import REFERENCE, TEACHER_IDS, TEACHER_LOGPROBS, LossOutput
 from tunesmith.types import TokenizedExample
 
 AT_ONCE = 32  # examples laid out together
 PLACE = "place"  # column: a sequence's index among all
+LENGTHS = ".lengths"  # after the name of a column, in a file: how many rows of it belong to each sequence
 
-Columns = Mapping[str, npt.NDArray[Any]]  # by name, [sequences, ...]
+# By name: [sequences, ...], or one array a sequence, [its supervised tokens, ...].
+Columns = Mapping[str, npt.NDArray[Any] | Sequence[npt.NDArray[Any]]]
 Annotate = Callable[[Body, Sequence[TokenizedExample], Layout, Callable[[int, int], None]], Columns]
 
 
 def reference(
     body: Body, sequences: Sequence[TokenizedExample], layout: Layout, advance: Callable[[int, int], None]
-) -> Columns:
+) -> Mapping[str, npt.NDArray[Any]]:
     """The log-probability of each sequence's supervised tokens. `advance` is told (done, all), in examples."""
     found = np.zeros(len(sequences), dtype=np.float32)
 
@@ -44,6 +46,48 @@ def reference(
         found[[int(each.columns[PLACE]) for each in batch.examples]] = sums.float().cpu().numpy()
         return LossOutput(sums.new_zeros(()))
 
+    _visit(body, sequences, layout, note, advance)
+    return {REFERENCE: found if layout.workers == 1 else parallel.add_up_array(found)}
+
+
+def likeliest(
+    body: Body,
+    sequences: Sequence[TokenizedExample],
+    layout: Layout,
+    advance: Callable[[int, int], None],
+    *,
+    k: int,
+    vocabulary: int,
+) -> Columns:
+    """What a teacher says at each supervised token: its k likeliest tokens below `vocabulary`, and how likely each is.
+
+    The sequences are as the teacher sees them: with its prompt in front, which the tree computes once.
+    """
+    assert layout.workers == 1, "a teacher answers in one process"
+    ids: list[npt.NDArray[Any]] = [np.empty(0)] * len(sequences)
+    logprobs = list(ids)
+
+    def note(batch: Batch) -> LossOutput:
+        tokens, values = (each.cpu().numpy() for each in batch.scores.likeliest(k, vocabulary))
+        entries = batch.supervised()[0].cpu().numpy()
+        counts = [int(np.count_nonzero(each.weights)) for each in batch.examples]
+        for each, chosen in zip(batch.examples, np.split(entries, np.cumsum(counts)[:-1]), strict=True):
+            place = int(each.columns[PLACE])
+            ids[place], logprobs[place] = tokens[chosen].astype(np.int32), values[chosen]
+        return LossOutput(torch.zeros((), device=batch.device))
+
+    _visit(body, sequences, layout, note, advance)
+    return {TEACHER_IDS: ids, TEACHER_LOGPROBS: logprobs}
+
+
+def _visit(
+    body: Body,
+    sequences: Sequence[TokenizedExample],
+    layout: Layout,
+    note: Callable[[Batch], LossOutput],
+    advance: Callable[[int, int], None],
+) -> None:
+    """Show every sequence to `note`, without gradients. It knows each by its column PLACE."""
     placed = with_columns(sequences, {PLACE: np.arange(len(sequences))})
     size, training = AT_ONCE * layout.together, body.model.training
     body.model.eval()  # no dropout
@@ -52,7 +96,6 @@ def reference(
             accumulate(body, make_step(0, 0.0, placed[start : start + size], layout), note, backward=False)
             advance(min(start + size, len(placed)) // layout.together, len(placed) // layout.together)
     body.model.train(training)
-    return {REFERENCE: found if layout.workers == 1 else parallel.add_up_array(found)}
 
 
 def with_columns(sequences: Sequence[TokenizedExample], columns: Columns) -> list[TokenizedExample]:
@@ -63,19 +106,32 @@ def with_columns(sequences: Sequence[TokenizedExample], columns: Columns) -> lis
     ]
 
 
-def save_columns(path: Path, columns: Columns) -> None:
-    """Written beside its place and renamed, so that what bears the name is whole."""
+def save_columns(path: Path, columns: Columns, of: str = "") -> None:
+    """Written beside its place and renamed, so that what bears the name is whole. `of` names what they were made of."""
     beside = path.with_name(f".{path.name}.partial")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, values in columns.items():
+        if not isinstance(values, np.ndarray):
+            arrays[name + LENGTHS] = np.array([len(each) for each in values])
+            values = np.concatenate(values)
+        arrays[name] = np.ascontiguousarray(values)
     with os_errors(beside):
-        save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, beside)
+        save_file(arrays, beside, metadata={"of": of})
     flush(beside)
     beside.rename(path)
 
 
-def load_columns(path: Path, sequences: int) -> Columns | None:
+def load_columns(path: Path, sequences: int, of: str = "") -> Columns | None:
     """What `save_columns` wrote; None where there is none, or it is damaged or of other rows."""
     try:
-        columns = load_file(path)
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("of", "") != of:
+                return None
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError):
         return None
+    columns: dict[str, Any] = {name: values for name, values in arrays.items() if not name.endswith(LENGTHS)}
+    for name in columns:
+        if name + LENGTHS in arrays:
+            columns[name] = np.split(arrays[name], np.cumsum(arrays[name + LENGTHS])[:-1])
     return columns if all(len(values) == sequences for values in columns.values()) else None

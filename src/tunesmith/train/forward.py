@@ -96,9 +96,18 @@ class Batch:
         return self.sum_by_sequence(by_entry) / self.sum_by_sequence(torch.ones_like(by_entry))
 
     def column(self, name: str) -> Tensor:
-        """[sequences]: a number of each sequence that was computed before training."""
-        values = np.array([each.columns[name] for each in self.examples])
+        """What was computed of each sequence before training, one after the other: [sequences] or [supervised, k]."""
+        values = np.concatenate([np.atleast_1d(each.columns[name]) for each in self.examples])
         return torch.as_tensor(values, device=self.device)
+
+    def supervised(self) -> tuple[Tensor, Tensor]:
+        """[supervised] the entry and the weight of each sequence's supervised tokens, one sequence after the other."""
+        links = self.tree.links
+        order = np.lexsort((links.token, links.sequence))
+        return (
+            torch.as_tensor(links.entry[order], device=self.device),
+            torch.as_tensor(links.weight[order], device=self.device),
+        )
 
 
 def run_prefix(body: Body, tree: TokenTree) -> PrefixCache:

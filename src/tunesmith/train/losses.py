@@ -15,6 +15,8 @@ from torch.nn.functional import logsigmoid
 from tunesmith.train.forward import Batch
 
 REFERENCE = "reference"  # column: a sequence's log-probability under the weights that training starts from
+TEACHER_IDS = "teacher_ids"  # column [supervised, k]: the tokens that the teacher finds likeliest
+TEACHER_LOGPROBS = "teacher_logprobs"  # column [supervised, k]: how likely
 SURE = -1e-6  # a mean log-probability above it counts as this: the odds of certainty are infinite
 
 
@@ -112,6 +114,37 @@ def kto(beta: float) -> Surveyed:
         return loss
 
     return Surveyed(survey, given)
+
+
+def distillation(kl_share: float) -> SumLoss:
+    """Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531).
+
+    share * KL(teacher || student) + (1 - share) * NLL, summed over the answers' tokens. The teacher is known by its k
+    likeliest tokens; all others count as one more, the remainder, as in the context distillation of Askell et al. 2021
+    (arXiv:2112.00861): the sum over the k of p log(p / q), plus r log(r / s) with r = 1 - sum p and s = 1 - sum q.
+    Joining tokens never raises a KL, so this is a lower bound of the whole one, exact where k is the vocabulary.
+    """
+
+    def loss(batch: Batch) -> LossOutput:
+        entries, weights = batch.supervised()
+        known, ids = batch.column(TEACHER_LOGPROBS), batch.column(TEACHER_IDS).long()
+        targets = torch.as_tensor(batch.tree.targets, device=batch.device)[entries]
+        logprobs, correct = batch.scores.of_tokens(entries, torch.cat((ids, targets[:, None]), dim=1))
+        nll, logq = -logprobs[:, -1], logprobs[:, :-1]
+        kl = _divergence(known.to(logq.dtype), logq)
+        total = (weights * (kl_share * kl + (1 - kl_share) * nll)).sum()
+        sums = {"kl": kl, "nll": nll, "token_accuracy": correct[:, -1].to(kl.dtype)}
+        return LossOutput(total, {name: float((weights * each.detach()).sum()) for name, each in sums.items()})
+
+    return loss
+
+
+def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL over k tokens and what remains of both distributions. logp, logq [n, k] -> [n]."""
+    p = logp.exp()
+    rest = (1 - p.sum(-1)).clamp(min=0)
+    log_rest_q = torch.log(-torch.expm1(torch.logsumexp(logq, -1).clamp(max=SURE)))
+    return (p * (logp - logq)).sum(-1) + torch.special.xlogy(rest, rest) - rest * log_rest_q
 
 
 def pairs(by_sequence: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.recipe import Objective
+from tunesmith.recipe import Objective, is_endpoint
 from tunesmith.train.annotate import Annotate, reference
-from tunesmith.train.losses import Loss, dpo, kto, orpo, sft
+from tunesmith.train.losses import Loss, distillation, dpo, kto, orpo, sft
 
 PREFERENCE_LR = 0.1  # times the rate for learning answers: a preference moves a model that can answer already
 
@@ -24,6 +24,7 @@ class Method:
     pieces     texts longer than the limit are cut into several examples
     strangers  a pair comes with a third sequence, its prompt with another prompt's answer
     annotate   computes the columns that the loss reads, before the first step
+    taught     a teacher answers the rows first, and its columns come with them (teaching.py)
     lr_times   what `train.lr: auto` is multiplied by
     """
 
@@ -32,6 +33,7 @@ class Method:
     pieces: bool = False
     strangers: bool = False
     annotate: Annotate | None = None
+    taught: bool = False
     lr_times: float = 1.0
 
     @property
@@ -47,6 +49,10 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "orpo": lambda keys: Method(orpo(keys.beta), ("preference",)),
     "kto": lambda keys: Method(
         kto(keys.beta), ("preference",), strangers=True, annotate=reference, lr_times=PREFERENCE_LR
+    ),
+    "compress": lambda _: Method(distillation(1.0), ("chat", "input"), taught=True),
+    "distill": lambda keys: Method(
+        sft if is_endpoint(keys.teacher) else distillation(keys.kl_share), ("chat", "input"), taught=True
     ),
 }
 

@@ -99,6 +99,32 @@ class Scores:
         value, self.correct = _LogProbs.apply(self.hidden, *self.head.tensors, self.head, self.entries)
         return value
 
+    @torch.no_grad()
+    def likeliest(self, k: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """[entries, k] the k likeliest tokens below `vocabulary` at each entry's row, and their log-probabilities."""
+        count, k = len(self.entries.rows), min(k, vocabulary)
+        tokens = torch.empty(count, k, dtype=torch.long, device=self.hidden.device)
+        logprobs = torch.empty(count, k, device=self.hidden.device)
+        for here in _slices(self.hidden, self.head, self.entries):
+            lse, _ = _normalise(here.logits)
+            values, ids = here.logits[:, :vocabulary].topk(k, dim=-1)
+            tokens[here.entries], logprobs[here.entries] = ids[here.rows], (values - lse)[here.rows].float()
+        return tokens, logprobs
+
+    def of_tokens(self, entries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of several tokens at the row of one entry each, and which of them were the likeliest.
+
+        entries [n], tokens [n, k] -> [n, k] both; the first is differentiable.
+        """
+        rows = self.entries.rows[entries]
+        order = torch.argsort(rows, stable=True)
+        wide = Entries(rows[order].repeat_interleave(tokens.shape[1]), tokens[order].reshape(-1))
+        scores = Scores(self.hidden, self.head, wide)
+        found = scores.logprobs().view_as(tokens)
+        assert scores.correct is not None
+        back = torch.argsort(order)
+        return found[back], scores.correct.view_as(tokens)[back]
+
 
 @dataclass
 class _Slice:
