@@ -36,11 +36,11 @@ def save_checkpoint(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
     if load_checkpoint(final) is None:
         partial = folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        hashes = {part: _write_tensors(partial / f"{part}.safetensors", getattr(state, part)) for part in PARTS}
-        progress = asdict(state.progress)
-        manifest = {"format": FORMAT, "progress": progress, "sha256": {**hashes, "progress": _hash_of(progress)}}
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+        try:
+            _write_whole(partial, state)
+        except OSError:  # a full disk needs its room back
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         flush(folder)
@@ -90,6 +90,14 @@ def _remove_others(folder: Path, keep: int, now: Progress) -> None:
             shutil.rmtree(path)
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover)
+
+
+def _write_whole(folder: Path, state: TrainState) -> None:
+    folder.mkdir()
+    hashes = {part: _write_tensors(folder / f"{part}.safetensors", getattr(state, part)) for part in PARTS}
+    progress = asdict(state.progress)
+    manifest = {"format": FORMAT, "progress": progress, "sha256": {**hashes, "progress": _hash_of(progress)}}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
