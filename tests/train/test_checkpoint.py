@@ -99,6 +99,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path, monkeypatch, 
         with pytest.raises(OSError, match="No space left") as caught:
             save_checkpoint(tmp_path, state(2))
         assert caught.value.errno == 28
+        assert not list(tmp_path.glob(".step-*"))  # the room is given back
     else:
         save_checkpoint(tmp_path, state(1))
     assert load_newest(tmp_path).progress.step == 1
