@@ -87,10 +87,11 @@ class DequantisedLinear:
     def __init__(self, linears: Sequence[QuantisedLinear], scratch: Workspace) -> None:
         self._linears, self._scratch = linears, scratch
         self._out, self._in = sum(linear.out_features for linear in linears), linears[0].in_features
-        biases: list[tuple[Tensor | None, int]] = [(each.bias, each.out_features) for each in linears]
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
         self._bias = None
-        if any(bias is not None for bias, _ in biases):
-            self._bias = torch.cat([torch.zeros(width) if bias is None else bias.detach() for bias, width in biases])
+        if any(bias is not None for bias in biases):
+            pairs = zip(linears, biases, strict=True)
+            self._bias = torch.cat([torch.zeros(a.stored.shape[0]) if b is None else b.detach() for a, b in pairs])
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], new."""
