@@ -106,7 +106,7 @@ class Projection:
 
     def __init__(self, *linears: Any, scratch: Workspace) -> None:
         """`scratch` is where quantised weights are dequantised at every call."""
-        bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
+        bases: list[Any] = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         self._biases = [base.bias for base in bases]
         quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
         self.quantised = bool(quantised)
