@@ -141,14 +141,6 @@ def _remove_others(folder: Path, keep: int, now: Progress) -> None:
         shutil.rmtree(leftover)
 
 
-def _write_whole(folder: Path, state: TrainState) -> None:
-    folder.mkdir()
-    hashes = {part: _write_tensors(folder / f"{part}.safetensors", getattr(state, part)) for part in PARTS}
-    progress = asdict(state.progress)
-    manifest = {"format": FORMAT, "progress": progress, "sha256": {**hashes, "progress": _hash_of(progress)}}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
-
-
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     with os_errors(path):
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
