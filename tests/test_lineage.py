@@ -91,10 +91,11 @@ def test_where_the_layout_no_longer_fits_it_is_said_and_noted(
     half: tuple[Path, bytes], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainable, "fits_again", lambda *_: False)
+    budget = estimate.LARGEST_BUDGET
     monkeypatch.setattr(estimate, "LARGEST_BUDGET", 300)
     done, said = resume(half[0], tmp_path, recipe)
     (sentence,) = [each for each in said if "rounding" in each]
-    assert "layout (token_budget 2048 -> 300" in sentence
+    assert f"layout (token_budget {budget} -> 300" in sentence
     (note,) = read_json(done.lineage)["resumed"]
     assert note["after_step"] == 3
     assert note["changed"].keys() == {"layout"}

@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     assert load_checkpoint(newest) is None
     said = []
-    assert load_newest(tmp_path, said.append).progress.step == 1
+    assert load_newest(tmp_path, say=said.append).progress.step == 1
     assert [sentence.startswith(f"{newest} is damaged") for sentence in said] == [True]
     shutil.rmtree(tmp_path / "step-1")
     assert load_newest(tmp_path) is None
