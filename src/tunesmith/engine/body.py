@@ -101,16 +101,19 @@ class PackedLayer:
 class PackedBody:
     """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards.
 
-    `merge_limit` is the memory, in bytes, that a copy of the weights with one adapter in them may take.
+    `adapter_limit` is the memory, in bytes, that adapters may take; up to half of it goes to a copy of the weights with
+    one of them in it, where it is enough for that.
     """
 
-    def __init__(self, model: PreTrainedModel, merge_limit: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, adapter_limit: int = 0) -> None:
         base: Any = model.base_model
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
         head_dim = base.layers[0].self_attn.head_dim
         self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]
-        self.tables = AdapterTables([each for layer in self._layers for each in layer.projections])
-        self._merges = self.tables.merged_bytes <= merge_limit
+        projections = [each for layer in self._layers for each in layer.projections]
+        merged = sum(each.bytes for each in projections)
+        self._merges = merged <= adapter_limit // 2
+        self.tables = AdapterTables(projections, adapter_limit - merged if self._merges else adapter_limit)
         self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
         self._last: tuple[Any, Mix] = (None, Mix.of((), 0, {}))  # what the latest mix was made from, and it
 
@@ -159,13 +162,13 @@ class PackedHead:
         return self._head.finish(self._packed(hidden))
 
 
-def packed_body(lora: LoraModel, spec: KvSpec, merge_limit: int = 0) -> PackedBody | None:
+def packed_body(lora: LoraModel, spec: KvSpec, adapter_limit: int = 0) -> PackedBody | None:
     """The fast body where the model is of the kind it computes, proved on a few tokens; None where it is not."""
     model = lora.model
     weight = model.get_input_embeddings().weight
     if model.config.model_type not in PACKABLE or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
-    body = PackedBody(model, merge_limit)
+    body = PackedBody(model, adapter_limit)
     with torch.no_grad():
         expected, found = _try(PlainBody(lora), spec), _try(body, spec)
     same = torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

@@ -47,10 +47,10 @@ class Core:
         spec = kv_spec(lora)
         head = head_of(lora.model)
         self.vocabulary = head.weight.shape[0]
-        body = packed_body(lora, spec, settings.adapter_memory_limit // 2) if settings.packed else None
+        body = packed_body(lora, spec, settings.adapter_memory_limit) if settings.packed else None
         self._body: Body = body or PlainBody(lora)
-        tables = None if body is None else body.tables
-        self.adapters = Adapters(lora, name, tables, settings.adapter_memory_limit)
+        tables, limit = (None, settings.adapter_memory_limit) if body is None else (body.tables, body.tables.limit)
+        self.adapters = Adapters(lora, name, tables, limit)
         self._head = PackedHead(head) if body is not None else head
         self.scheduler = Scheduler(
             spec,

@@ -76,6 +76,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str = "model",
         memory_limit: int | None = None,
+        adapter_memory_limit: int | None = None,
         max_batch: int = MAX_BATCH,
         packed: bool = False,
     ) -> Engine:
@@ -86,7 +87,7 @@ class Engine:
         `stream` or `logprobs` starts with an empty cache.
         """
         engine = cls.__new__(cls)
-        settings = _settings(memory_limit, None, max_batch, packed)
+        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed)
         engine._start(lora, renderer, tokenizer, context_length, name, settings)
         engine._live = True
         return engine
@@ -153,8 +154,8 @@ class Engine:
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> None:
         """Register a PEFT-format adapter folder under a name. Raises InputError where it does not fit the base.
 
-        When memory for adapters is short the least recently used is unloaded, and loaded again when it is asked for;
-        a `pinned` one stays.
+        That costs a look at its header; its weights are loaded when they are asked for. When memory for adapters is
+        short the least recently used is unloaded; a `pinned` one is loaded at once and stays.
         """
         with self._lock:
             self._core.adapters.add(name, Path(folder), pinned, self._core.busy)

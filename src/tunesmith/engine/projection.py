@@ -1,11 +1,13 @@
 """Linears with packed weights and any mix of adapters over them, for the engine's fast body.
 
 A step's rows use adapters in two ways. Runs of prompt tokens have many rows on one adapter: two thin products. Decoding
-rows have one row each on many adapters, where one product an adapter would be nearly all overhead:
+rows have one row each on many adapters, where one product an adapter would be nearly all overhead. There all adapters'
+A and B lie row by row in one table each, and two operations made for other ends read just the rows that are needed,
+whatever the ranks, at the speed of memory (which is all they cost: 16 adapters of rank 25 are as much to read as the
+base):
 
-    low[j]  = A[j] x[j]                  one matrix-vector product an adapter, for all linears that share the input
-    y[j]   += sum_r low[j, r] B[j][r]    for all rows at once, ranks of any size: a weighted sum of rows of a table of
-                                         all adapters' B (transposed), which is what embedding_bag computes
+    low[j, r] = A[r] x[j]                 for the r of row j's adapter: the product x A^T sampled in a few places
+    y[j]     += sum_r low[j, r] B[r]      a weighted sum of rows of a table, which is what embedding_bag computes
 
 Where one adapter has been alone for a while, W + s B A is packed as well, and steps that are wholly its own use that:
 exact to rounding, and nothing is left to do for the adapter.
@@ -13,6 +15,8 @@ exact to rounding, and nothing is left to do for the adapter.
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,15 +28,38 @@ from tunesmith.models.lora import LoraLinear, LoraModel
 from tunesmith.models.packed import PackedLinear
 
 Segment = tuple[str, int, int]  # adapter, first row, one past the last
-FIRST_ROOM = 32  # ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an adapter lies in every table: rows [start, start + rank)."""
+    """Where an adapter lies in every table: one row a rank, ascending."""
 
-    start: int
-    rank: int
+    rows: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return len(self.rows)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rows lie together."""
+        return self.rows[-1] - self.rows[0] + 1 == self.rank
+
+    def of(self, table: Tensor) -> Tensor:
+        """Its rows of a table, a view where they lie together."""
+        if self.whole:
+            return table[self.rows[0] : self.rows[-1] + 1]
+        return table.index_select(0, torch.tensor(self.rows))
+
+    def write(self, table: Tensor, numbers: Tensor | None, factor: float = 1.0) -> None:
+        """Put factor * numbers into its rows of a table, and zeros where there are fewer of them."""
+        own = self.of(table)
+        count = 0 if numbers is None else len(numbers)
+        if numbers is not None:
+            torch.mul(numbers, factor, out=own[:count])
+        own[count:] = 0.0
+        if not self.whole:
+            table.index_copy_(0, torch.tensor(self.rows), own)
 
 
 @dataclass
@@ -44,15 +71,21 @@ class Mix:
 
     runs: tuple[tuple[str, Place, int, int], ...]
     singles: tuple[tuple[str | None, Place], ...]
-    table_rows: Tensor  # the singles' table rows, one after the other
-    bags: Tensor  # [singles] where each single's begin
     whole: str | None = None  # the adapter that every row uses, where it is one
-    _picks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    names: frozenset[str | None] = frozenset()  # of the singles
+    _sampled: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = frozenset(name for name, _ in self.singles)
+        # The singles' table rows, one after the other, and where each single's begin.
+        self.table_rows = torch.tensor([row for _, place in self.singles for row in place.rows], dtype=torch.long)
+        self._starts = torch.tensor([0, *(place.rank for _, place in self.singles)]).cumsum(0)
+        self.bags = self._starts[:-1]
 
     @classmethod
     def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place], whole: str | None = None) -> Mix:
         """`singles`: how many leading rows are to be taken one by one."""
-        own: list[tuple[str | None, Place]] = [(None, Place(0, 0))] * singles
+        own: list[tuple[str | None, Place]] = [(None, Place())] * singles
         runs = []
         for name, start, stop in segments:
             if name not in places:
@@ -61,21 +94,21 @@ class Mix:
                 own[row] = (name, places[name])
             if stop > singles:
                 runs.append((name, places[name], max(start, singles), stop))
-        rows = [place.start + r for _, place in own for r in range(place.rank)]
-        starts = torch.tensor([0, *(place.rank for _, place in own)]).cumsum(0)[:-1]
-        return cls(tuple(runs), tuple(own), torch.tensor(rows, dtype=torch.long), starts, whole)
+        return cls(tuple(runs), tuple(own), whole)
 
-    def picks(self, linears: int, index: int) -> Tensor:
-        """Where linear `index` of `linears` finds its part of the singles' thin products, which lie adapter by adapter.
+    def sampled(self, linears: int, room: int) -> Tensor:
+        """The places of x A^T that count, [singles, room * linears] sparse: row r of every linear's A lies together.
 
-        Worked example: 2 linears, ranks 1 and 2 give [a0 a1 | b0 b0 b1 b1]; linear 1 picks 1, 4, 5.
+        Worked example: 2 linears, table rows 1 and 4 give the columns 2 3 8 9.
         """
-        if (linears, index) not in self._picks:
-            starts = [linears * start for start in self.bags.tolist()]
-            ranks = [place.rank for _, place in self.singles]
-            picked = [s + index * rank + r for s, rank in zip(starts, ranks, strict=True) for r in range(rank)]
-            self._picks[linears, index] = torch.tensor(picked, dtype=torch.long)
-        return self._picks[linears, index]
+        if (linears, room) not in self._sampled:
+            columns = (self.table_rows[:, None] * linears + torch.arange(linears)).flatten()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch calls its sparse tensors a beta
+                self._sampled[linears, room] = torch.sparse_csr_tensor(
+                    self._starts * linears, columns, torch.zeros(len(columns)), (len(self.singles), room * linears)
+                )
+        return self._sampled[linears, room]
 
 
 class Projection:
@@ -90,8 +123,9 @@ class Projection:
         widths = [base.weight.shape[0] for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()
         self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
-        self._tables = [torch.zeros(0, width) for width in widths]  # [room, out]: rows of B^T of all adapters
-        self._downs: dict[str, Tensor] = {}  # scaling * A of all linears, [linears * rank, in]
+        self._downs = torch.empty(0, len(linears), linears[0].in_features)  # [room, linears, in]: rows of scaling * A
+        self._ups = [torch.empty(0, width) for width in widths]  # [room, out]: rows of B^T
+        self._names: set[str | None] = set()  # adapters that are not zero here
 
     @property
     def numbers_per_rank(self) -> int:
@@ -99,27 +133,24 @@ class Projection:
         return sum(linear.in_features + linear.out_features for linear in self._linears)
 
     def make_room(self, rows: int) -> None:
-        """Tables of `rows` rows at least."""
-        self._tables = [
-            torch.cat((table, table.new_zeros(rows - len(table), table.shape[1]))) for table in self._tables
-        ]
+        """Tables of `rows` rows. What is not written is not touched, so it takes no memory."""
+        self._downs = _longer(self._downs, rows)
+        for index, table in enumerate(self._ups):
+            self._ups[index] = _longer(table, rows)
 
     def put(self, name: str, place: Place) -> None:
         """Take an adapter over from the linears. Smaller ranks are filled up with zeros."""
         found = [each.adapters.get(name) if isinstance(each, LoraLinear) else None for each in self._linears]
-        down = torch.zeros(len(found), place.rank, self._linears[0].in_features)
-        for index, weights in enumerate(found):
-            table = self._tables[index][place.start : place.start + place.rank]
-            table.zero_()
-            if weights is not None:
-                rank = weights.a.shape[0]
-                torch.mul(weights.a.detach(), weights.scaling, out=down[index, :rank])
-                table[:rank] = weights.b.detach().t()
+        self.drop(name)
         if any(weights is not None for weights in found):
-            self._downs[name] = down.flatten(0, 1)
+            self._names.add(name)
+        for index, weights in enumerate(found):  # also where it has nothing here: beside others its rows are read
+            scaling = 1.0 if weights is None else weights.scaling
+            place.write(self._downs[:, index], None if weights is None else weights.a.detach(), scaling)
+            place.write(self._ups[index], None if weights is None else weights.b.detach().t())
 
     def drop(self, name: str) -> None:
-        self._downs.pop(name, None)
+        self._names.discard(name)
 
     @property
     def bytes(self) -> int:
@@ -128,14 +159,13 @@ class Projection:
 
     def merge(self, name: str, place: Place) -> None:
         """Pack W + s B A of an adapter as well."""
-        down = self._downs.get(name)
-        if down is None:
+        if name not in self._names:
             self._merged = (name, self._packed)
             return
         weights = []
-        for linear, table, a in zip(self._linears, self._tables, down.split(place.rank), strict=True):
+        for linear, up, down in zip(self._linears, self._ups, place.of(self._downs).unbind(1), strict=True):
             base = linear.base.weight if isinstance(linear, LoraLinear) else linear.weight
-            weights.append(torch.addmm(base, table[place.start : place.start + place.rank].t(), a))
+            weights.append(torch.addmm(base, place.of(up).t(), down))
         self._merged = (name, PackedLinear(weights, self._biases))
 
     def unmerge(self) -> None:
@@ -146,37 +176,39 @@ class Projection:
             return self._merged[1](x)
         y = self._packed(x)
         for name, place, start, stop in mix.runs:
-            down = self._downs.get(name)
-            if down is not None:
-                low = torch.mm(x[start:stop], down.t())
-                for index, columns in enumerate(self._columns):
-                    own = low[:, index * place.rank : (index + 1) * place.rank]
-                    y[start:stop, columns].addmm_(own, self._tables[index][place.start : place.start + place.rank])
-        if len(mix.table_rows):
+            if name in self._names:
+                down = place.of(self._downs).flatten(0, 1)  # [rank * linears, in]
+                low = torch.mm(x[start:stop], down.t()).unflatten(1, (place.rank, -1))
+                for own, columns, up in zip(low.unbind(2), self._columns, self._ups, strict=True):
+                    y[start:stop, columns].addmm_(own, place.of(up))
+        if len(mix.table_rows) and not self._names.isdisjoint(mix.names):
             self._add_singles(x, y, mix)
         return y
 
     def _add_singles(self, x: Tensor, y: Tensor, mix: Mix) -> None:
-        count = len(self._columns)
-        low = torch.zeros(count * len(mix.table_rows))
-        pieces = low.split([count * place.rank for _, place in mix.singles])
-        for (name, _), row, piece in zip(mix.singles, x.unbind(0), pieces, strict=False):
-            down = None if name is None else self._downs.get(name)
-            if down is not None:
-                torch.mv(down, row, out=piece)
-        for index, columns in enumerate(self._columns):
-            weights = low if count == 1 else low.index_select(0, mix.picks(count, index))
-            added = torch.embedding_bag(self._tables[index], mix.table_rows, mix.bags, False, 0, False, weights)
-            y[: len(mix.singles), columns] += added[0]
+        count, singles = len(self._columns), len(mix.singles)
+        where = mix.sampled(count, len(self._downs))
+        table = self._downs.flatten(0, 1)
+        low = torch.sparse.sampled_addmm(where, x[:singles], table.t(), beta=0.0).values()
+        for weights, columns, up in zip(low.view(-1, count).t().contiguous(), self._columns, self._ups, strict=True):
+            added = torch.embedding_bag(up, mix.table_rows, mix.bags, False, 0, False, weights)
+            y[:singles, columns] += added[0]
+
+
+def _longer(table: Tensor, rows: int) -> Tensor:
+    longer = table.new_empty(rows, *table.shape[1:])
+    longer[: len(table)] = table
+    return longer
 
 
 class AdapterTables:
-    """Gives adapters their place in all projections' tables."""
+    """Gives adapters their place in all projections' tables, which have room for `limit` bytes of them."""
 
-    def __init__(self, projections: Sequence[Projection]) -> None:
+    def __init__(self, projections: Sequence[Projection], limit: int) -> None:
         self._projections = projections
         self.places: dict[str, Place] = {}
         self.merged: str | None = None  # the adapter that the projections have in their weights as well
+        self.limit = limit
         self._room = 0
 
     def bytes_for(self, rank: int) -> int:
@@ -190,7 +222,7 @@ class AdapterTables:
         place = self.places.get(name)
         if place is None or place.rank != rank:
             self.drop(name)
-            place = Place(self._free(rank), rank)
+            place = self._free(rank)
         for projection in self._projections:
             projection.put(name, place)
         self.places[name] = place
@@ -201,11 +233,6 @@ class AdapterTables:
         if self.places.pop(name, None) is not None:
             for projection in self._projections:
                 projection.drop(name)
-
-    @property
-    def merged_bytes(self) -> int:
-        """What the weights of one adapter with the base take."""
-        return sum(projection.bytes for projection in self._projections)
 
     def merge(self, name: str) -> None:
         """Keep the weights of the base with this adapter in them, and no other's."""
@@ -220,18 +247,20 @@ class AdapterTables:
             for projection in self._projections:
                 projection.unmerge()
 
-    def _free(self, rank: int) -> int:
-        """The first gap of `rank` rows; the tables grow where there is none."""
-        end = 0
-        for place in sorted(self.places.values(), key=lambda p: p.start):
-            if place.start - end >= rank:
-                return end
-            end = place.start + place.rank
-        if end + rank > self._room:
-            self._room = max(FIRST_ROOM, self._room * 3 // 2, end + rank)
+    def _free(self, rank: int) -> Place:
+        """The first gap of `rank` rows; where there is none, rows of several. Room is made beyond the limit only."""
+        taken = sorted(row for place in self.places.values() for row in place.rows)
+        wanted = max(len(taken) + rank, self.limit // self.bytes_for(1))
+        if self._room < wanted:
+            self._room = wanted
             for projection in self._projections:
-                projection.make_room(self._room)
-        return end
+                projection.make_room(wanted)
+        scattered: list[int] = []
+        for before, after in itertools.pairwise([-1, *taken, self._room]):
+            if after - before > rank:
+                return Place(tuple(range(before + 1, before + 1 + rank)))
+            scattered += range(before + 1, after)
+        return Place(tuple(scattered[:rank]))
 
 
 def rank_of(lora: LoraModel, name: str) -> int:

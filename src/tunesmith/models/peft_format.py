@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -81,9 +81,9 @@ def save_adapter(
 
 def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
     """Put an adapter from disk over the base under `name`. Raises InputError; the base is left as it was then."""
-    config = read_config(folder)
-    sides = _read_sides(folder)
-    loaded = {layer: _layer_weights(lora, layer, pair, config, folder) for layer, pair in sides.items()}
+    config, sides = read_config(folder), _read_sides(folder)
+    ranks = _fitting_ranks(lora, {layer: _shapes(pair) for layer, pair in sides.items()}, config, folder)
+    loaded = {layer: _layer_weights(lora, layer, pair, ranks[layer], config) for layer, pair in sides.items()}
     for layer, weights in loaded.items():
         lora.layers[layer].adapters[name] = weights
     return AdapterFacts(
@@ -95,6 +95,23 @@ def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
         dropout=float(config.get("lora_dropout") or 0.0),
         layers=tuple(sides),
     )
+
+
+def check_adapter(lora: LoraModel, folder: Path) -> int:
+    """Whether an adapter fits the base, by its configuration and its file's header alone; its largest rank.
+
+    Reads no weights, so it costs next to nothing; `load_adapter` may still find them broken. Raises InputError.
+    """
+    config, path = read_config(folder), _weights_file(folder)
+    shapes: dict[str, dict[str, list[int]]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118: it is no dictionary
+                layer, side = _place(key, path)
+                shapes.setdefault(layer, {})[side] = file.get_slice(key).get_shape()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"the adapter's weights are damaged ({error})", file=path) from None
+    return max(_fitting_ranks(lora, shapes, config, folder).values())
 
 
 def remove_adapter(lora: LoraModel, name: str) -> None:
@@ -125,8 +142,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_sides(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """{layer: {"A": [rank, in], "B": [out, rank]}}, in the file's order of names."""
+def _weights_file(folder: Path) -> Path:
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = folder / "adapter_model.bin"
@@ -136,45 +152,72 @@ def _read_sides(folder: Path) -> dict[str, dict[str, Tensor]]:
                 file=pickled,
             )
         raise InputError(f"the adapter's folder holds no {WEIGHTS}", file=folder)
+    return path
+
+
+def _place(key: str, path: Path) -> tuple[str, str]:
+    """The layer and the side (A or B) that a tensor's name says."""
+    match = TENSOR.fullmatch(key)
+    if match is None:
+        raise InputError(f"the adapter holds {key}, which is no LoRA weight of a linear layer", file=path)
+    return match["layer"], match["side"]
+
+
+def _read_sides(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """{layer: {"A": [rank, in], "B": [out, rank]}}, in the file's order of names."""
+    path = _weights_file(folder)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"the adapter's weights are damaged ({error})", file=path) from None
     sides: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
-        match = TENSOR.fullmatch(key)
-        if match is None:
-            raise InputError(f"the adapter holds {key}, which is no LoRA weight of a linear layer", file=path)
-        if not torch.isfinite(tensors[key]).all():
+        layer, side = _place(key, path)
+        numbers = tensors[key].float()
+        # A sum is finite only where all numbers are, and five times as fast to make sure of; it may itself overflow.
+        if not (math.isfinite(numbers.sum().item()) or torch.isfinite(numbers).all()):
             raise InputError(f"{key} holds numbers that are not finite; the adapter is broken", file=path)
-        sides.setdefault(match["layer"], {})[match["side"]] = tensors[key].float()
-    if not sides:
-        raise InputError("the adapter is empty: it holds no weights", file=path)
+        sides.setdefault(layer, {})[side] = numbers
     return sides
 
 
+def _shapes(pair: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {side: list(numbers.shape) for side, numbers in pair.items()}
+
+
+def _fitting_ranks(
+    lora: LoraModel, shapes: dict[str, dict[str, list[int]]], config: dict[str, Any], folder: Path
+) -> dict[str, int]:
+    """Each adapted layer's rank, where all of them fit the base."""
+    if not shapes:
+        raise InputError("the adapter is empty: it holds no weights", file=folder / WEIGHTS)
+    ranks: dict[str, int] = {}
+    for layer, pair in shapes.items():
+        target = lora.layers.get(layer)
+        if target is None:
+            raise InputError(f"the adapter changes {layer}, which is no inner linear layer of this base", file=folder)
+        if set(pair) != {"A", "B"}:
+            raise InputError(f"the adapter has only one of lora_A and lora_B for {layer}", file=folder)
+        rank = int(_by_pattern(config.get("rank_pattern"), layer, config["r"]))
+        expected = [rank, target.in_features], [target.out_features, rank]
+        if (pair["A"], pair["B"]) != expected:
+            raise InputError(
+                f"the adapter does not fit this base: at {layer} it has {pair['A']} and {pair['B']} where "
+                f"{expected[0]} and {expected[1]} are expected",
+                file=folder,
+            )
+        ranks[layer] = rank
+    return ranks
+
+
 def _layer_weights(
-    lora: LoraModel, layer: str, pair: dict[str, Tensor], config: dict[str, Any], folder: Path
+    lora: LoraModel, layer: str, pair: dict[str, Tensor], rank: int, config: dict[str, Any]
 ) -> LoraWeights:
-    target = lora.layers.get(layer)
-    if target is None:
-        raise InputError(f"the adapter changes {layer}, which is no inner linear layer of this base", file=folder)
-    if set(pair) != {"A", "B"}:
-        raise InputError(f"the adapter has only one of lora_A and lora_B for {layer}", file=folder)
-    a, b = pair["A"], pair["B"]
-    rank = int(_by_pattern(config.get("rank_pattern"), layer, config["r"]))
     alpha = float(_by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]))
-    expected = (rank, target.in_features), (target.out_features, rank)
-    if (tuple(a.shape), tuple(b.shape)) != expected:
-        raise InputError(
-            f"the adapter does not fit this base: at {layer} it has {list(a.shape)} and {list(b.shape)} where "
-            f"{list(expected[0])} and {list(expected[1])} are expected",
-            file=folder,
-        )
-    device = target.base.weight.device
+    device = lora.layers[layer].base.weight.device
     return LoraWeights(
-        a=nn.Parameter(a.to(device)),
-        b=nn.Parameter(b.to(device)),
+        a=nn.Parameter(pair["A"].to(device)),
+        b=nn.Parameter(pair["B"].to(device)),
         scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
         dropout=float(config.get("lora_dropout") or 0.0),
     )
