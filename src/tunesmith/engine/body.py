@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from tunesmith.engine.attention import CacheContext, Span
 from tunesmith.engine.cache import KvSpec, Slots
 from tunesmith.engine.projection import AdapterTables, Mix, Projection, Segment
+from tunesmith.models.int8 import Int8Linear
 from tunesmith.models.lora import LoraModel
 from tunesmith.models.packed import PackedLinear
 from tunesmith.tree.body import run_body
@@ -27,6 +28,8 @@ PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
 TRIED = 5  # tokens on which the bodies are compared
 MERGE_AFTER = 2048  # rows that one adapter must have had to itself before it is put into the weights
+
+Packing = type[PackedLinear | Int8Linear]
 
 
 class Body(Protocol):
@@ -56,7 +59,7 @@ class PlainBody:
 class PackedLayer:
     """One decoder layer of the Llama kind."""
 
-    def __init__(self, layer: Any, index: int, head_dim: int) -> None:
+    def __init__(self, layer: Any, index: int, head_dim: int, packing: Packing) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.head_dim = index, head_dim
         self.scaling: float = attention.scaling
@@ -64,10 +67,10 @@ class PackedLayer:
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [_out_features(part) // head_dim for part in parts]
         self.heads, self.kv_heads = heads[0], heads[1]
-        self.qkv = Projection(*parts)
-        self.output = Projection(attention.o_proj)
-        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
-        self.down = Projection(mlp.down_proj)
+        self.qkv = Projection(*parts, packing=packing)
+        self.output = Projection(attention.o_proj, packing=packing)
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj, packing=packing)
+        self.down = Projection(mlp.down_proj, packing=packing)
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         self.width = _out_features(mlp.gate_proj)
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
@@ -102,17 +105,17 @@ class PackedBody:
     """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards.
 
     `adapter_limit` is the memory, in bytes, that adapters may take; up to half of it goes to a copy of the weights with
-    one of them in it, where it is enough for that.
+    one of them in it, where it is enough for that (8-bit integers can't say what an adapter adds).
     """
 
-    def __init__(self, model: PreTrainedModel, adapter_limit: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, adapter_limit: int = 0, packing: Packing = PackedLinear) -> None:
         base: Any = model.base_model
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
         head_dim = base.layers[0].self_attn.head_dim
-        self._layers = [PackedLayer(layer, index, head_dim) for index, layer in enumerate(base.layers)]
+        self._layers = [PackedLayer(layer, index, head_dim, packing) for index, layer in enumerate(base.layers)]
         projections = [each for layer in self._layers for each in layer.projections]
         merged = sum(each.bytes for each in projections)
-        self._merges = merged <= adapter_limit // 2
+        self._merges = packing is PackedLinear and merged <= adapter_limit // 2
         self.tables = AdapterTables(projections, adapter_limit - merged if self._merges else adapter_limit)
         self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
         self._last: tuple[Any, Mix] = (None, Mix.of((), 0, {}))  # what the latest mix was made from, and it
@@ -153,25 +156,28 @@ class PackedBody:
 class PackedHead:
     """A model's output head over packed weights."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, packing: Packing) -> None:
         self._head = head
-        self._packed = PackedLinear([head.weight], [head.bias])
+        self._packed = packing([head.weight], [head.bias])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, vocabulary]."""
         return self._head.finish(self._packed(hidden))
 
 
-def packed_body(lora: LoraModel, spec: KvSpec, adapter_limit: int = 0) -> PackedBody | None:
+def packed_body(
+    lora: LoraModel, spec: KvSpec, adapter_limit: int = 0, packing: Packing = PackedLinear
+) -> PackedBody | None:
     """The fast body where the model is of the kind it computes, proved on a few tokens; None where it is not."""
     model = lora.model
     weight = model.get_input_embeddings().weight
     if model.config.model_type not in PACKABLE or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
-    body = PackedBody(model, adapter_limit)
+    body = PackedBody(model, adapter_limit, packing)
     with torch.no_grad():
         expected, found = _try(PlainBody(lora), spec), _try(body, spec)
-    same = torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    error = 1e-4 if packing is PackedLinear else 1e-2  # of the largest number; integers of 8 bits leave some of theirs
+    same = torch.allclose(expected, found, rtol=10 * error, atol=error * float(expected.abs().max()))
     return body if same else None
 
 

@@ -19,7 +19,9 @@ from tunesmith.engine.request import BusyError
 from tunesmith.engine.sampling import Choice, choose
 from tunesmith.engine.scheduler import Chunk, Plan, Scheduler
 from tunesmith.errors import InputError
+from tunesmith.models.int8 import Int8Linear, can_run_int8
 from tunesmith.models.lora import LoraModel
+from tunesmith.models.packed import PackedLinear
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import head_of
 
@@ -36,6 +38,7 @@ class Settings:
     step_tokens: int = 256  # tokens in one step; more prompt tokens at once are hardly faster, but make decoding wait
     max_waiting: int = 4096  # sequences in the queue
     packed: bool = True
+    int8: bool = False  # that copy in 8-bit integers, the output head's too
 
 
 class Core:
@@ -47,11 +50,12 @@ class Core:
         spec = kv_spec(lora)
         head = head_of(lora.model)
         self.vocabulary = head.weight.shape[0]
-        body = packed_body(lora, spec, settings.adapter_memory_limit) if settings.packed else None
+        packing = Int8Linear if settings.int8 and can_run_int8(head.weight) else PackedLinear
+        body = packed_body(lora, spec, settings.adapter_memory_limit, packing) if settings.packed else None
         self._body: Body = body or PlainBody(lora)
         tables, limit = (None, settings.adapter_memory_limit) if body is None else (body.tables, body.tables.limit)
         self.adapters = Adapters(lora, name, tables, limit)
-        self._head = PackedHead(head) if body is not None else head
+        self._head = PackedHead(head, packing) if body is not None else head
         self.scheduler = Scheduler(
             spec,
             memory_limit=settings.memory_limit,

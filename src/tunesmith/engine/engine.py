@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from tunesmith.engine.generation import Generation
 from tunesmith.engine.pending import Pending
 from tunesmith.engine.request import Answer, Delta, Request
 from tunesmith.errors import InputError
+from tunesmith.models.int8 import round_weights
 from tunesmith.models.loading import Device, Dtype, load_base
 from tunesmith.models.lora import LoraModel, wrap
 from tunesmith.tree.body import prepare
@@ -48,6 +50,7 @@ class Engine:
         system: str | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
+        quantize: Literal["int8"] | None = None,
         device: Device | str = "auto",
         memory_limit: int | None = None,
         adapter_memory_limit: int | None = None,
@@ -56,12 +59,16 @@ class Engine:
         """`model` is a catalogue name, hub id, folder or .gguf file; adapters are PEFT-format folders by name.
 
         `system` is the system prompt of conversations without one; `memory_limit` bounds keys and values,
-        `adapter_memory_limit` the adapters in memory, in bytes.
-        Raises InputError.
+        `adapter_memory_limit` the adapters in memory, in bytes. `quantize` rounds the base's weights to 8-bit integers,
+        several times as fast on x86; adapters stay as they are. Raises InputError.
         """
+        if quantize not in (None, "int8"):
+            raise InputError(f'quantize is "{quantize}"; it must be "int8", or left out')
         base = load_base(str(model), revision=revision, dtype=dtype, device=device)
         renderer = Renderer.from_tokenizer(base.tokenizer, default_system=system, stop_ids=base.stop_ids)
-        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True)
+        if quantize is not None:
+            round_weights(base.model)
+        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True, int8=quantize is not None)
         self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, settings)
         for name, folder in (adapters or {}).items():
             self.add_adapter(name, folder)
@@ -87,7 +94,7 @@ class Engine:
         `stream` or `logprobs` starts with an empty cache.
         """
         engine = cls.__new__(cls)
-        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed)
+        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=packed)
         engine._start(lora, renderer, tokenizer, context_length, name, settings)
         engine._live = True
         return engine
@@ -253,8 +260,10 @@ def steady_context(model: PreTrainedModel) -> int:
     return min(limits, default=sys.maxsize)
 
 
-def _settings(memory_limit: int | None, adapter_memory_limit: int | None, max_batch: int, packed: bool) -> Settings:
+def _settings(
+    memory_limit: int | None, adapter_memory_limit: int | None, max_batch: int, *, packed: bool, int8: bool = False
+) -> Settings:
     """Limits not given: an eighth of the machine's memory each, between 256 MB and 2 GB."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usual = min(max(total // 8, 256 << 20), 2 << 30)
-    return Settings(memory_limit or usual, adapter_memory_limit or usual, max_batch, packed=packed)
+    return Settings(memory_limit or usual, adapter_memory_limit or usual, max_batch, packed=packed, int8=int8)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.lora import LoraLinear, LoraModel
+from tunesmith.models.int8 import Int8Linear
 from tunesmith.models.packed import PackedLinear
 
 Segment = tuple[str, int, int]  # adapter, first row, one past the last
@@ -114,11 +115,11 @@ class Mix:
 class Projection:
     """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
 
-    def __init__(self, *linears: Any) -> None:
+    def __init__(self, *linears: Any, packing: type[PackedLinear | Int8Linear] = PackedLinear) -> None:
         bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         self._biases = [base.bias for base in bases]
-        self._packed = PackedLinear([base.weight for base in bases], self._biases)
-        self._merged: tuple[str, PackedLinear] | None = None  # with one adapter in the weights
+        self._packed = packing([base.weight for base in bases], self._biases)
+        self._merged: tuple[str, PackedLinear | Int8Linear] | None = None  # with one adapter in the weights
         self._linears: tuple[Any, ...] = linears
         widths = [base.weight.shape[0] for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()

@@ -106,7 +106,7 @@ def check_adapter(lora: LoraModel, folder: Path) -> int:
     shapes: dict[str, dict[str, list[int]]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118: it is no dictionary
+            for key in file.keys():  # noqa: SIM118 - it is no dictionary
                 layer, side = _place(key, path)
                 shapes.setdefault(layer, {})[side] = file.get_slice(key).get_shape()
     except (SafetensorError, OSError) as error:
