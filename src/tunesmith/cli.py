@@ -141,13 +141,14 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
     beside: Annotated[bool, typer.Option("--beside-base", help="Show what the base alone says, too.")] = False,
+    vllm: Annotated[str | None, typer.Option("--vllm", metavar="URL", help="A vLLM server that answers.")] = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a base, a run or an adapter."""
     from tunesmith import conversation
 
     talk = conversation.open_conversation(
-        model, system=system, temperature=temperature, max_tokens=max_tokens, beside=beside
+        model, system=system, temperature=temperature, max_tokens=max_tokens, beside=beside, vllm=vllm
     )
     if prompt is None:
         if as_json:

@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.data.items import items
 from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.opening import AnyEngine, open_engine
 from tunesmith.errors import InputError
 from tunesmith.models.folders import file_hash, weights_hash
 from tunesmith.models.lora import LoraModel
@@ -134,19 +135,21 @@ def _voices(run: Run, recipe: Recipe, base_hash: str) -> Voices:
     settings: dict[str, Any] = {"dtype": recipe.base.dtype, "device": recipe.runtime.device}
     if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
         settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
-    engine = Engine(recipe.base.model, revision=recipe.base.revision, **settings)
+    vllm = recipe.runtime.vllm
+    engine = open_engine(recipe.base.model, vllm=vllm, revision=recipe.base.revision, **settings)
     result = Located(str(run.model)) if run.tuned() == run.model else Located(recipe.base.model, run.adapter)
     tuned = {TUNED: _weights(TUNED, result, recipe.base.model, engine, settings)}
     for name, found in earlier(recipe).items():
         tuned[name] = _weights(name, found, recipe.base.model, engine, settings)
-    return Voices(Weights(engine, None, base_hash), tuned)
+    # A server's answers are not remembered: its weights may be of another type than those the hash is of.
+    return Voices(Weights(engine, None, base_hash if vllm is None else None), tuned)
 
 
-def _weights(name: str, found: Located, base: str, engine: Engine, settings: dict[str, Any]) -> Weights:
+def _weights(name: str, found: Located, base: str, engine: AnyEngine, settings: dict[str, Any]) -> Weights:
     """An adapter joins the engine over its base; a model of its own gets its own engine."""
     if found.adapter is None:
         return Weights(Engine(found.base, **settings), None, weights_hash(Path(found.base)))
     if found.base != base:
         engine = Engine(found.base, **settings)
     engine.add_adapter(name, found.adapter)
-    return Weights(engine, name, file_hash(found.adapter / WEIGHTS))
+    return Weights(engine, name, file_hash(found.adapter / WEIGHTS) if isinstance(engine, Engine) else None)

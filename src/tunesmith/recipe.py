@@ -126,6 +126,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
     memory_limit: str | Auto = "auto"  # "4GB", "800MB"
+    vllm: str | None = None  # the address of a vLLM server that answers for the base in place of the own engine
 
 
 class Recipe(Section):

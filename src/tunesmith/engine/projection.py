@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.models.lora import LoraLinear, LoraModel
 from tunesmith.models.int8 import Int8Linear
+from tunesmith.models.lora import LoraLinear, LoraModel
 from tunesmith.models.packed import PackedLinear
 
 Segment = tuple[str, int, int]  # adapter, first row, one past the last
