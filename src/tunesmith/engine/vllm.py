@@ -9,6 +9,7 @@ with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and sees the adapt
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,7 @@ class VllmEngine:
         if base is None:
             raise InputError(f"the server at {url} serves no base")
         self.renderer, self.name = renderer, name
-        self.context_length = int(base.get("max_model_len") or 0) or math.inf  # type: ignore[assignment]
+        self.context_length = int(base.get("max_model_len") or sys.maxsize)
         self._base = str(base["id"])
         limits = Limits(self.context_length, renderer.vocab_size)
         self._completer = Completer(renderer, limits, Grammars(None, renderer.stop_ids, renderer.vocab_size))
@@ -160,7 +161,7 @@ class VllmEngine:
             raise InputError(f"the prompt has {len(prompt)} tokens, which leaves no room of {self.context_length}")
         body: dict[str, Any] = {name: getattr(request, name) for name in SAME}
         body |= {"model": self._model(request.adapter), "prompt": prompt, "stream": True, "return_token_ids": True}
-        body["max_tokens"] = int(min(request.max_tokens or room, room))
+        body["max_tokens"] = min(request.max_tokens or room, room)
         body["top_k"] = request.top_k or -1
         body["ignore_eos"] = request.ignore_stop
         body["stop_token_ids"] = [] if request.ignore_stop else sorted(self.renderer.stop_ids)

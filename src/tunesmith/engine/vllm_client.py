@@ -7,7 +7,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from tunesmith.engine.request import BusyError
@@ -35,7 +35,7 @@ class VllmClient:
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._json("POST", "/v1/completions", body)
 
-    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Server-sent events, each a part of a completion."""
         try:
             with self._open("POST", "/v1/completions", body) as response:
