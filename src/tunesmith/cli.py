@@ -39,6 +39,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YA
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key of the recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Vllm = Annotated[str | None, typer.Option("--vllm", metavar="URL", help="A vLLM server that answers.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")]
 
@@ -109,12 +110,13 @@ def prove(
     from_items: Annotated[
         bool, typer.Option("--from-items", help="Recompute the report from items.jsonl alone.")
     ] = False,
+    vllm: Vllm = None,
     as_json: Json = False,
 ) -> None:
     """The ladder of contenders on the held-out rows, with a verdict."""
     from tunesmith import pipeline
 
-    proof = pipeline.prove(run, from_items=from_items, reporter=_reporter(as_json))
+    proof = pipeline.prove(run, from_items=from_items, vllm=vllm, reporter=_reporter(as_json))
     _print(proof.to_json(), as_json, proof.render)
 
 
@@ -141,7 +143,7 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
     beside: Annotated[bool, typer.Option("--beside-base", help="Show what the base alone says, too.")] = False,
-    vllm: Annotated[str | None, typer.Option("--vllm", metavar="URL", help="A vLLM server that answers.")] = None,
+    vllm: Vllm = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a base, a run or an adapter."""

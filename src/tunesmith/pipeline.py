@@ -132,15 +132,20 @@ def verify(name: str | Path) -> Parity:
     return parity.verify(str(name))
 
 
-def prove(name: str | Path, *, from_items: bool = False, reporter: Reporter | None = None) -> Report:
-    """The ladder of contenders on a run's held-out rows. `from_items`: every number again from items.jsonl alone."""
+def prove(
+    name: str | Path, *, from_items: bool = False, vllm: str | None = None, reporter: Reporter | None = None
+) -> Report:
+    """The ladder of contenders on a run's held-out rows. `from_items`: every number again from items.jsonl alone.
+
+    `vllm` is the address of a server that answers for the base and its adapters in place of the own engine.
+    """
     reporter = reporter or Reporter()
     run = find_run(str(name))
     if from_items:
         report = report_from_items(run.items)
         write_report(report, run.report)
     elif method_of(Recipe.load(run.recipe).objective).has_answers:
-        report = prove_run(run, reporter)
+        report = prove_run(run, reporter, vllm)
     else:
         raise InputError(_loss_sentence(run), file=run.folder)
     write_page(run, report)

@@ -35,9 +35,14 @@ SAMPLE = 24  # held-out rows that are answered at an evaluation during training
 SAMPLE_MEMORY = 256 << 20  # bytes of their keys and values
 
 
-def prove_run(run: Run, reporter: Reporter) -> Report:
-    """Ask every contender; leaves items.jsonl and report.json. Raises InputError where the data is another by now."""
+def prove_run(run: Run, reporter: Reporter, vllm: str | None = None) -> Report:
+    """Ask every contender; leaves items.jsonl and report.json. Raises InputError where the data is another by now.
+
+    `vllm` goes before the recipe's own runtime.vllm.
+    """
     recipe, lineage = Recipe.load(run.recipe), read_json(run.lineage)
+    if vllm is not None:
+        recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"vllm": vllm})})
     rows = read_and_split(recipe, lambda _: None)
     if rows.hash != lineage["split_hash"]:
         raise InputError("the data changed since this run was trained; train again to prove on it", file=run.folder)

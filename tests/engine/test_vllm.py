@@ -18,6 +18,7 @@ from tunesmith.engine.vllm import VllmEngine
 from tunesmith.errors import InputError
 from tunesmith.models.lora import add_new_adapter, wrap
 from tunesmith.models.peft_format import save_adapter
+from tunesmith.prove.answering import EngineModel, Prompt, Weights
 from tunesmith.recipe import Adapter as Section
 
 PROMPT = [9, 8, 7]
@@ -176,3 +177,17 @@ def test_chat_talks_through_the_server_unchanged(tmp_path: Path) -> None:
     assert theirs.answer.ids == own.answer.ids
     assert len(server.seen) == 1
     server.shutdown()
+
+
+def test_proving_asks_the_server_unchanged(engine: VllmEngine, adapter: Path) -> None:
+    own = owning()
+    prompts = [Prompt(({"role": "user", "content": text},)) for text in ("hello", "two", "x" * 198)]
+    replies = []
+    for each in (own, engine):
+        each.context_length = 200
+        each.add_adapter("a", adapter)
+        replies.append(EngineModel(Weights(each, "a"), 6).answer(prompts))
+    assert [(r.output, r.finish_reason, r.output_tokens, r.error is None) for r in replies[0]] == [
+        (r.output, r.finish_reason, r.output_tokens, r.error is None) for r in replies[1]
+    ]
+    assert replies[1][0].output_tokens

@@ -38,7 +38,7 @@ class Int8Linear:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch 2.13 means to move this elsewhere some day
-                quantised = torch.ops.aten._make_per_channel_quantized_tensor(
+                quantised = torch._make_per_channel_quantized_tensor(  # pyright: ignore[reportPrivateImportUsage]
                     integers, scales.double(), torch.zeros(len(scales), dtype=torch.long), 0
                 )
             self.weight = torch.ops.quantized.linear_prepack(quantised, None)
