@@ -141,7 +141,7 @@ def ahead(rates: dict[str, float], rivals: str, ours: str = OURS) -> float:
 def few_shot(bench: Bench) -> None:
     """The rival computes the block for every item, so a part of the items gives its rate."""
     asked, out = prompts(bench.engine, bench.some(145), shared=bench.some(600), own=30), bench.some(60)
-    runs = {f"transformers, batches of {b}": by_transformers(bench.rival, asked[:b], out, b) for b in (8, 16, 32)}
+    runs = {f"transformers, batches of {b}": by_transformers(bench.rival, asked[:b], out, b) for b in (16, 32)}
     runs[OURS] = by_engine(bench.engine, asked, out)
     rates = compare(f"{len(asked)} items behind a shared block, {out} out", runs, bench.repeat)
     bench.at_least("145 items behind a 5-shot block", ahead(rates, "transformers"), 4, "transformers")
