@@ -14,18 +14,17 @@ from tunesmith.tree.heads import Head
 
 
 class AdaptedHead:
-    """A model's output head. `packed` makes a copy of its weight that answers faster."""
+    """A model's output head. `product` is a copy of its weight that answers faster."""
 
-    def __init__(self, head: Head, layer: LoraLinear | None, *, packed: bool) -> None:
-        self._head, self._layer = head, layer
-        self._packed = PackedLinear([head.weight], [head.bias]) if packed else None
+    def __init__(self, head: Head, layer: LoraLinear | None, product: PackedLinear | None) -> None:
+        self._head, self._layer, self._packed = head, layer, product
 
     def logits(self, hidden: Tensor, names: Sequence[str | None]) -> Tensor:
         """hidden [rows, hidden] and each row's adapter -> [rows, vocabulary]."""
         y = F.linear(hidden, self._head.weight, self._head.bias) if self._packed is None else self._packed(hidden)
         layer = self._layer
-        for name in dict.fromkeys(names) if layer is not None and (layer.adapters or layer.tokens) else ():
-            if name is not None:
+        for name in dict.fromkeys(names):
+            if name is not None and layer is not None and (name in layer.adapters or name in layer.tokens):
                 rows = torch.tensor([row for row, own in enumerate(names) if own == name], device=y.device)
                 y[rows] = layer.turned(name, hidden[rows], y[rows])
         return self._head.finish(y)
