@@ -21,7 +21,8 @@ ROWS = [
     {"pipeline", "conversation"},
     {"data_need", "workers"},
     {"fitting", "proof", "parity"},
-    {"planning", "lineage", "watch", "stopping"},
+    {"trainable"},
+    {"planning", "lineage", "watch", "stopping", "parity_facts"},
     {"preparation"},
     {"teaching", "replay"},
     {"teachers"},
@@ -29,6 +30,7 @@ ROWS = [
     {"data", "engine"},
     {"chat", "models", "tree", "store"},
     {"recipe"},
+    {"recipe_file"},
     {"types", "errors", "home", "progress", "disk"},
 ]
 

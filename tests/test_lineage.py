@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from small_jobs import make_job
-from tunesmith import fitting, train, watch
+from tunesmith import fitting, train, trainable, watch
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
@@ -78,7 +78,7 @@ def test_less_free_memory_and_other_threads_do_not_change_a_resumed_run(
     half: tuple[Path, bytes], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(fitting, "choose_layout", lambda *_, **__: pytest.fail("chosen anew"))
+    monkeypatch.setattr(trainable, "choose_layout", lambda *_, **__: pytest.fail("chosen anew"))
     auto = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"threads": "auto"})})
     done, said = resume(half[0], tmp_path, auto)
     assert torch.get_num_threads() == 2
@@ -90,11 +90,12 @@ def test_less_free_memory_and_other_threads_do_not_change_a_resumed_run(
 def test_where_the_layout_no_longer_fits_it_is_said_and_noted(
     half: tuple[Path, bytes], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "fits_again", lambda *_: False)
+    monkeypatch.setattr(trainable, "fits_again", lambda *_: False)
+    budget = estimate.LARGEST_BUDGET
     monkeypatch.setattr(estimate, "LARGEST_BUDGET", 300)
     done, said = resume(half[0], tmp_path, recipe)
     (sentence,) = [each for each in said if "rounding" in each]
-    assert "layout (token_budget 2048 -> 300" in sentence
+    assert f"layout (token_budget {budget} -> 300" in sentence
     (note,) = read_json(done.lineage)["resumed"]
     assert note["after_step"] == 3
     assert note["changed"].keys() == {"layout"}
@@ -108,9 +109,9 @@ def test_a_layout_fits_again_only_under_what_it_takes(half: tuple[Path, bytes], 
     before = started(Run(half[0]), recipe)
     assert before is not None
     ready = prepare(recipe, read_and_split(recipe, lambda _: None), Reporter())
-    made = fitting.make_trainable(ready, Reporter(), before)
+    made = trainable.make_trainable(ready, Reporter(), before)
     assert made.layout == before.layout
-    steps = fitting.step_plan(ready, before.layout, ready.train.examples)
+    steps = trainable.step_plan(ready, before.layout, ready.train.examples)
     need = fitting.plan_run(ready, made).estimate.peak_bytes
     assert estimate.fits_again(made.body, made.parameters, steps, 2 * need)
     assert not estimate.fits_again(made.body, made.parameters, steps, need // 2)

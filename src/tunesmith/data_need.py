@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.data.batches import Step, StepPlan, count_steps, epoch_order, make_step
 from tunesmith.errors import InputError
-from tunesmith.fitting import Trainable, learning_rate
+from tunesmith.fitting import learning_rate
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.proof import SampleScorer, sample_scorer
@@ -26,6 +26,7 @@ from tunesmith.prove.verdict import title
 from tunesmith.train.loop import EvalMetrics, Hooks, StepMetrics, TrainState, train
 from tunesmith.train.losses import sft
 from tunesmith.train.row_losses import row_losses
+from tunesmith.trainable import Trainable
 from tunesmith.types import TokenizedExample
 
 DIVISORS = (8, 4, 2, 1)  # an eighth, a quarter, a half, all

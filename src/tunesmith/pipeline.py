@@ -24,7 +24,7 @@ from tunesmith.data.report import DataReport
 from tunesmith.data.rules.suspicion import loss_outlier
 from tunesmith.data_need import measure_need
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.fitting import TUNED, base_losses, fit, make_trainable, plan_run
+from tunesmith.fitting import base_losses, fit, plan_run
 from tunesmith.home import home
 from tunesmith.lineage import Started, started
 from tunesmith.models.catalogue import on_disk
@@ -34,7 +34,8 @@ from tunesmith.models.memory import release_memory
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import load_adapter
 from tunesmith.models.vocabulary import adopt
-from tunesmith.parity import Parity, publication_gate
+from tunesmith.parity import publication_gate
+from tunesmith.parity_facts import Parity
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
 from tunesmith.progress import Reporter
@@ -60,6 +61,7 @@ from tunesmith.store.runs import (
 )
 from tunesmith.train import parallel
 from tunesmith.train.methods import method_of
+from tunesmith.trainable import TUNED, make_trainable
 
 
 def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: Reporter | None = None) -> DataReport:

@@ -17,7 +17,6 @@ import tiny_llama
 import tunesmith
 from tunesmith import pipeline
 from tunesmith.errors import InputError, InterruptedRun
-from tunesmith.fitting import _Watch
 from tunesmith.progress import Reporter
 from tunesmith.proof import SampleScorer
 from tunesmith.prove import endpoint
@@ -26,6 +25,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.replay import PROMPTS
 from tunesmith.store.runs import Run, read_json, read_metrics
 from tunesmith.teaching import TRIED
+from tunesmith.watch import Watch
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
@@ -118,14 +118,14 @@ def test_a_prompt_is_compressed_from_inputs_alone_and_proved(done: Run) -> None:
 def test_interrupted_and_resumed_nothing_is_asked_twice_and_it_ends_in_the_same_bytes(
     folder: Path, done: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = _Watch._step
+    record = Watch._step
 
-    def stop_after_three(self: _Watch, metrics: object) -> None:
+    def stop_after_three(self: Watch, metrics: object) -> None:
         record(self, metrics)  # type: ignore[arg-type]
         self._asked_to_stop = metrics.step == 3  # type: ignore[attr-defined]
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Watch, "_step", stop_after_three)
+        patch.setattr(Watch, "_step", stop_after_three)
         with pytest.raises(InterruptedRun, match="--resume"):
             tunesmith.train(recipe(folder, COMPRESS), folder / "again")
     asked = Run(folder / "again").replies.read_bytes()
@@ -161,7 +161,7 @@ def test_rows_without_answers_are_only_for_objectives_with_a_teacher(folder: Pat
     [
         ("{kind: compress}", "either prompt or prompt_file"),
         ("{kind: compress, prompt: ' '}", "prompt is empty"),
-        ("{kind: compress, prompt_file: nowhere.txt}", "nowhere.txt.*cannot be read"),
+        ("{kind: compress, prompt_file: nowhere.txt}", "nowhere.txt.*there is no such prompt"),
         ("{kind: compress, prompt_file: open.json}", "ends in a question"),
         ("{kind: compress, prompt_file: torn.json}", "not valid JSON"),
         (f"{{kind: compress, prompt: {'x' * 600}}}", "no answer to learn from.*the prompt has"),

@@ -109,7 +109,7 @@ def gradients() -> dict[str, dict[str, torch.Tensor]]:
 
 def learn(folder: Path, resume: Path | None, stop_after: int = 0) -> dict[str, torch.Tensor]:
     """Six steps of full fine-tuning, from a checkpoint where there is one, or the first of them."""
-    body, parameters = shared(make_full("gpt2", torch.float32))
+    body, parameters = shared(make_full("gpt2"))
     steps = StepPlan(make_rows(prompt=70), 5, 6, 0, True, layout(sharded=True))
     taken: list[object] = []
     hooks = Hooks(

@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     assert load_checkpoint(newest) is None
     said = []
-    assert load_newest(tmp_path, said.append).progress.step == 1
+    assert load_newest(tmp_path, say=said.append).progress.step == 1
     assert [sentence.startswith(f"{newest} is damaged") for sentence in said] == [True]
     shutil.rmtree(tmp_path / "step-1")
     assert load_newest(tmp_path) is None
@@ -99,6 +99,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_is_there(tmp_path, monkeypatch, 
         with pytest.raises(OSError, match="No space left") as caught:
             save_checkpoint(tmp_path, state(2))
         assert caught.value.errno == 28
+        assert not list(tmp_path.glob(".step-*"))  # the room is given back
     else:
         save_checkpoint(tmp_path, state(1))
     assert load_newest(tmp_path).progress.step == 1

@@ -11,6 +11,7 @@ from tunesmith.data.parts import STANDING_ROLES
 from tunesmith.data.turns import read_turns
 from tunesmith.errors import InputError
 from tunesmith.recipe import Compress
+from tunesmith.recipe_file import read_text_file
 from tunesmith.types import Message, Source
 
 
@@ -19,12 +20,7 @@ def read_prompt(section: Compress) -> tuple[Message, ...]:
     if section.prompt_file is None:
         return _system_turn(section.prompt or "", "objective.prompt")
     path = Path(section.prompt_file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise InputError(
-            "objective.prompt_file cannot be read; name a UTF-8 text, or a .json of turns", file=path
-        ) from None
+    text = read_text_file(path, "prompt")
     if path.suffix != ".json":
         return _system_turn(text.strip(), str(path))
     try:

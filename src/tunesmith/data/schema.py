@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import read_text_file
+from tunesmith.recipe_file import read_text_file
 
 
 class Schema:

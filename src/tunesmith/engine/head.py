@@ -23,8 +23,8 @@ class AdaptedHead:
         """hidden [rows, hidden] and each row's adapter -> [rows, vocabulary]."""
         y = F.linear(hidden, self._head.weight, self._head.bias) if self._packed is None else self._packed(hidden)
         layer = self._layer
-        for name in dict.fromkeys(names):
-            if name is not None and layer is not None and (name in layer.adapters or name in layer.tokens):
+        if layer is not None and (layer.adapters or layer.tokens):
+            for name in dict.fromkeys(name for name in names if name is not None):
                 rows = torch.tensor([row for row, own in enumerate(names) if own == name], device=y.device)
                 y[rows] = layer.turned(name, hidden[rows], y[rows])
         return self._head.finish(y)

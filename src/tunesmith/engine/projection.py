@@ -120,7 +120,7 @@ class Projection:
     """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
 
     def __init__(self, *linears: Any, packing: Packing) -> None:
-        bases = [each.base if isinstance(each, LoraLinear) else each for each in linears]
+        bases: list[Any] = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         self._biases = [base.bias for base in bases]
         self._packed = packing(bases)
         self._merged: tuple[str, Product] | None = None  # with one adapter in the weights
@@ -128,7 +128,9 @@ class Projection:
         widths = [base.out_features for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()
         self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
-        self._downs = torch.empty(0, len(linears), int(linears[0].in_features))  # [room, linears, in]: rows of scaling * A
+        self._downs = torch.empty(
+            0, len(linears), int(linears[0].in_features)
+        )  # [room, linears, in]: rows of scaling * A
         self._ups = [torch.empty(0, width) for width in widths]  # [room, out]: rows of B^T
         self._names: set[str | None] = set()  # adapters that are not zero here
         self._gains: dict[str | None, Tensor] = {}  # g - 1 of those with DoRA, [sum of out]; zero where it has none

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.models.dora import gain
-from tunesmith.models.lora import LoraModel, replace_module
+from tunesmith.models.lora import LoraLinear, LoraModel, replace_module
 from tunesmith.models.quantised import QuantisedLinear
 
 
@@ -20,10 +20,14 @@ def merge(lora: LoraModel, name: str) -> PreTrainedModel:
     """
     ends = [end for end in lora.ends.values() if name in end.adapters]
     if ends and len({end.base.weight.data_ptr() for end in lora.ends.values()}) < len(lora.ends):
-        ends[0].base.weight = nn.Parameter(ends[0].base.weight.clone(), requires_grad=False)
+        base = ends[0].base
+        assert not isinstance(base, QuantisedLinear), "only inner linears are quantised"
+        base.weight = nn.Parameter(base.weight.clone(), requires_grad=False)
         lora.model.config.tie_word_embeddings = False
     for path, layer in lora.everywhere.items():
-        if isinstance(layer.base, QuantisedLinear):  # the numbers it was trained over, so that nothing changes
+        if isinstance(layer, LoraLinear) and isinstance(
+            layer.base, QuantisedLinear
+        ):  # the numbers it was trained over, so that nothing changes
             layer.base = layer.base.plain()
             layer.transposed = isinstance(layer.base, Conv1D)
         weights = layer.adapters.get(name)

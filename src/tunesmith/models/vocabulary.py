@@ -31,7 +31,8 @@ def install_tokens(tokenizer: PreTrainedTokenizerBase, template: str, tokens: Se
     """The same for a tokenizer alone; the tokens' ids."""
     tokenizer.chat_template = template
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    return tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
+    known = tokenizer.get_vocab()
+    return tuple(known[token] for token in tokens)
 
 
 def brought_template(folder: Path) -> str | None:

@@ -38,7 +38,12 @@ def save_checkpoint(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
     """
     final = folder / f"step-{state.progress.step}"
     if load_checkpoint(final, state.parameters) is None:
-        _write(final, state)
+        partial = folder / f".{final.name}.partial"
+        try:
+            _write(partial, final, state)
+        except OSError:  # a full disk needs its room back
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     if parallel.is_first():
         _remove_others(folder, keep, state.progress)
     return final
@@ -96,9 +101,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(final: Path, state: TrainState) -> None:
+def _write(partial: Path, final: Path, state: TrainState) -> None:
     """Beside, flushed, renamed."""
-    partial = final.with_name(f".{final.name}.partial")
     sharded = any(map(parallel.is_sharded, state.parameters.values()))
     if parallel.is_first():
         final.parent.mkdir(exist_ok=True)  # never its parents: a run's folder that is gone was taken away

@@ -93,7 +93,7 @@ def choose_layout(
     lanes = 1
     if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
         lanes = min(torch.get_num_threads(), budget // longest)
-    return Layout(budget, share, pack, lanes, together, packed)
+    return Layout(budget, share, pack, lanes, together, packed=packed)
 
 
 def fits_again(body: Body, parameters: Mapping[str, nn.Parameter], steps: StepPlan, limit: int) -> bool:
