@@ -126,7 +126,8 @@ def test_recipe_keys_are_a_reviewed_list() -> None:
         "train.eval_every train.save_every "
         "train.patience "
         "prove.scorers prove.contenders prove.few_shot prove.knowledge prove.max_new_tokens prove.retention "
-        "runtime.device runtime.threads runtime.memory_limit runtime.workers runtime.shard runtime.price_per_hour"
+        "runtime.device runtime.threads runtime.memory_limit runtime.workers runtime.shard runtime.price_per_hour "
+        "runtime.vllm"
     )
 
 

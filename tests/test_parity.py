@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tunesmith
 from tiny_llama import save
-from tunesmith import cli, fitting
+from tunesmith import cli, trainable
 from tunesmith.errors import RefusedError
 from tunesmith.models.peft_format import CONFIG, WEIGHTS
 from tunesmith.recipe import Recipe
@@ -124,14 +124,14 @@ def test_a_run_too_short_to_learn_where_answers_end_is_kept_but_not_served(base:
 
 
 def test_an_adapter_saved_empty_is_not_published(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fitting.save_adapter
+    whole = trainable.save_adapter
 
     def save_zeros(lora: Any, name: str, *rest: Any) -> None:
         for key, weights in lora.parameters(name):
             weights.data.mul_(0.0 if "lora_B" in key else 1.0)
         whole(lora, name, *rest)
 
-    monkeypatch.setattr(fitting, "save_adapter", save_zeros)
+    monkeypatch.setattr(trainable, "save_adapter", save_zeros)
     with pytest.raises(RefusedError, match="changes nothing"):
         tunesmith.train(recipe(tmp_path / "job", base, steps=2), tmp_path / "run")
 

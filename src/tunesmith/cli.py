@@ -39,6 +39,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YA
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a key of the recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Vllm = Annotated[str | None, typer.Option("--vllm", metavar="URL", help="A vLLM server that answers.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")]
 
@@ -110,12 +111,14 @@ def prove(
         bool, typer.Option("--from-items", help="Recompute the report from items.jsonl alone.")
     ] = False,
     set_: Sets = None,
+    vllm: Vllm = None,
     as_json: Json = False,
 ) -> None:
     """The ladder of contenders on the held-out rows, with a verdict. `--set` takes keys of prove and runtime."""
     from tunesmith import pipeline
 
-    proof = pipeline.prove(run, from_items=from_items, overrides=set_ or (), reporter=_reporter(as_json))
+    overrides = [*(set_ or ()), *([] if vllm is None else [f"runtime.vllm={vllm}"])]
+    proof = pipeline.prove(run, from_items=from_items, overrides=overrides, reporter=_reporter(as_json))
     _print(proof.to_json(), as_json, proof.render)
 
 
@@ -142,13 +145,14 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
     beside: Annotated[bool, typer.Option("--beside-base", help="Show what the base alone says, too.")] = False,
+    vllm: Vllm = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a base, a run or an adapter."""
     from tunesmith import conversation
 
     talk = conversation.open_conversation(
-        model, system=system, temperature=temperature, max_tokens=max_tokens, beside=beside
+        model, system=system, temperature=temperature, max_tokens=max_tokens, beside=beside, vllm=vllm
     )
     if prompt is None:
         if as_json:

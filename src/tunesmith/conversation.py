@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.engine.engine import Engine
+from tunesmith.engine.opening import AnyEngine, open_engine
 from tunesmith.engine.request import Answer, Request
 from tunesmith.errors import InputError
 from tunesmith.recipe import Quantize
@@ -30,7 +30,7 @@ class Conversation:
     `adapter` says who answers, None for the base; the history keeps its answers. With `beside` the base is asked too.
     """
 
-    engine: Engine
+    engine: AnyEngine
     base: str
     temperature: float
     max_tokens: int
@@ -96,12 +96,21 @@ class Conversation:
 
 
 def open_conversation(
-    model: str, *, system: str | None, temperature: float, max_tokens: int, beside: bool = False
+    model: str,
+    *,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+    beside: bool = False,
+    vllm: str | None = None,
 ) -> Conversation:
-    """Load what `model` names: a run (folder or name), an adapter folder, or a base. Raises InputError."""
+    """Load what `model` names: a run (folder or name), an adapter folder, or a base. Raises InputError.
+
+    `vllm` is the address of a server that answers in place of the own engine.
+    """
     found = locate(model)
     adapters = {} if found.adapter is None else {model: found.adapter}
-    engine = Engine(found.base, adapters, quantize=found.quantize)
+    engine = open_engine(found.base, vllm=vllm, adapters=adapters, quantize=found.quantize)
     talk = Conversation(engine, found.base, temperature, max_tokens, quantize=found.quantize, beside=beside)
     if found.adapter is not None:
         talk.adapter = model

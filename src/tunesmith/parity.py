@@ -281,7 +281,7 @@ def _serve(base: LoadedBase, lora: LoraModel, folder: Path, adapter: str | None)
     )
     if adapter is None:
         return _Served(base, renderer, engine, None)
-    engine.add_adapter(SERVED, folder)
+    engine.add_adapter(SERVED, folder, pinned=True)  # read now: broken weights are refused, not asked
     return _Served(base, renderer, engine, SERVED)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.data.items import items
 from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.opening import AnyEngine, open_engine
 from tunesmith.errors import InputError
 from tunesmith.models.folders import file_hash, weights_hash
 from tunesmith.models.lora import LoraModel
@@ -144,21 +145,27 @@ def _voices(run: Run, recipe: Recipe, base_hash: str) -> Voices:
     if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
         settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
     base = recipe.base
-    engine = Engine(base.model, revision=base.revision, quantize=base.quantize, **settings)
+    vllm = recipe.runtime.vllm
+    engine = open_engine(base.model, vllm=vllm, revision=base.revision, quantize=base.quantize, **settings)
     whole = run.tuned() == run.model
     result = Located(str(run.model)) if whole else Located(base.model, run.adapter, quantize=base.quantize)
     tuned = {TUNED: _weights(TUNED, result, base, engine, settings)}
     for name, found in earlier(recipe).items():
         tuned[name] = _weights(name, found, base, engine, settings)
-    return Voices(Weights(engine, None, base_hash), tuned)
+    # A server's answers are not remembered: its weights may be of another type than those the hash is of.
+    return Voices(Weights(engine, None, base_hash if vllm is None else None), tuned)
 
 
-def _weights(name: str, found: Located, base: Base, engine: Engine, settings: dict[str, Any]) -> Weights:
-    """An adapter joins the engine over its base; a model of its own gets its own engine."""
+def _weights(name: str, found: Located, base: Base, engine: AnyEngine, settings: dict[str, Any]) -> Weights:
+    """An adapter joins the engine over its base; a model of its own gets its own engine.
+
+    A server is given none in its place: an adapter over its base that it cannot speak as is refused.
+    """
     if found.adapter is None:
         return Weights(Engine(found.base, **settings), None, weights_hash(Path(found.base)))
-    if (found.base, found.quantize) != (base.model, base.quantize) or not engine.speaks_as(found.adapter):
+    joins = (found.base, found.quantize) == (base.model, base.quantize)
+    if not joins or (isinstance(engine, Engine) and not engine.speaks_as(found.adapter)):
         engine = Engine(found.base, adapters={name: found.adapter}, quantize=found.quantize, **settings)
     else:
         engine.add_adapter(name, found.adapter)
-    return Weights(engine, name, file_hash(found.adapter / WEIGHTS))
+    return Weights(engine, name, file_hash(found.adapter / WEIGHTS) if isinstance(engine, Engine) else None)

@@ -166,6 +166,7 @@ class Runtime(Section):
     workers: int = Field(default=1, ge=1)  # processes that share every step
     shard: bool | Auto = "auto"  # spread weights and optimiser over the workers; auto: where every weight is trained
     price_per_hour: Annotated[float, Field(ge=0)] | None = None  # of this machine, in any currency
+    vllm: str | None = None  # the address of a vLLM server that answers for the base in place of the own engine
 
 
 class Recipe(Section):

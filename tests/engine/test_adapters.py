@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, LetterRenderer, build, engine_over, greedy, tiny_engine
 
 from tunesmith.engine import body
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.packing import pack_numbers
 from tunesmith.engine.request import Request
 from tunesmith.errors import InputError
 from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
@@ -151,11 +155,10 @@ def test_adapters_beyond_the_memory_limit_are_loaded_when_asked_for(packed: bool
     for seed, name in enumerate(names):
         section = put(lora, name, 4 + seed, r".*(proj|lm_head)", seed, ("lora", "dora")[seed % 2])
         save_adapter(lora, name, tmp_path / name, section, "tiny")
-    roomy, tight = (engine_over(wrap(build("llama")), packed=packed) for _ in range(2))
+    limits = (None, 120_000)  # bytes: two or three of them
+    roomy, tight = (engine_over(wrap(build("llama")), packed=packed, adapter_memory_limit=limit) for limit in limits)
     for engine in (roomy, tight):
         engine._live = False
-        if engine is tight:
-            engine._core.adapters._memory_limit = 120_000  # bytes: two or three of them
         for name in names:
             engine.add_adapter(name, tmp_path / name, pinned=name == "n0")
     requests = [Request(prompt_ids=[n, 9], adapter=names[n % 6], max_tokens=4) for n in range(3, 23)]
@@ -165,6 +168,86 @@ def test_adapters_beyond_the_memory_limit_are_loaded_when_asked_for(packed: bool
     assert 2 <= len(loaded) <= 4
     assert "n0" in loaded
     assert tight._core.adapters.bytes <= 120_000
+
+
+def touched(tables: object) -> int:
+    """Bytes of the fast body's tables."""
+    projections = tables._projections
+    return sum(4 * table.numel() for p in projections for table in (p._downs, *p._ups))
+
+
+def test_a_thousand_adapters_take_no_more_memory_than_allowed_and_answer_as_alone(tmp_path: Path) -> None:
+    lora, kinds = wrap(build("llama")), 8
+    for kind in range(kinds):  # ranks of several sizes, so that what is given back seldom fits what comes next
+        targets = (("v_proj",), "all-linear", r".*(proj|lm_head)")[kind % 3]
+        section = put(lora, f"k{kind}", (1, 9, 3, 7)[kind % 4], targets, kind, ("lora", "dora")[kind % 5 == 1])
+        save_adapter(lora, f"k{kind}", tmp_path / f"k{kind}", section, "tiny")
+    alone = engine_over(lora)
+    request = Request(prompt_ids=[9, 8, 7], max_tokens=3)
+    expected = [alone.generate([replace(request, adapter=f"k{kind}")])[0].ids for kind in range(kinds)]
+    limit = 150_000
+    engine = engine_over(wrap(build("llama")), packed=True, adapter_memory_limit=limit)
+    engine._live = False
+    for index in range(1000):
+        engine.add_adapter(f"n{index}", tmp_path / f"k{index % kinds}")
+    adapters = engine._core.adapters
+    assert adapters.bytes == 0, "registering read the weights"
+    chance = random.Random(0)
+    asked = [min(int(chance.paretovariate(0.4)), 1000) - 1 for _ in range(120)]
+    scattered = 0
+    for start in range(0, len(asked), 12):
+        some = asked[start : start + 12]
+        answers = engine.generate([replace(request, adapter=f"n{i}") for i in some])
+        assert [a.ids for a in answers] == [expected[i % kinds] for i in some]
+        assert adapters.bytes <= limit
+        assert touched(adapters._tables) <= limit
+        scattered += sum(p.rows[-1] - p.rows[0] >= p.rank for p in adapters._tables.places.values())
+    assert scattered, "no adapter lay in several gaps, so this test shows less than it says"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_found_broken_when_it_is_loaded_fails_only_its_own_requests(
+    packed: bool, folders: dict[str, Path]
+) -> None:
+    engine = engine_over(wrap(build("llama")), packed=packed)
+    engine._live = False
+    weights = load_file(folders["two"] / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, folders["two"] / "adapter_model.safetensors")
+    for name, folder in folders.items():
+        engine.add_adapter(name, folder)
+    pendings = [
+        engine._pending(Request(prompt_ids=[9, 8], adapter=name, max_tokens=4), object())
+        for name in ("one", "two", None, "one", "two")
+    ]
+    for pending in pendings:
+        engine._core.submit(pending.generations)
+    while not engine._core.idle:
+        engine._core.step()
+    for pending in (pendings[1], pendings[4]):
+        with pytest.raises(InputError, match="not finite"):
+            pending.answer(engine._completer)
+    told = [pendings[i].answer(engine._completer).ids for i in (0, 2, 3)]
+    assert told[0] == told[2]
+    assert told[1] == greedy(merged(None), [9, 8], 4)[0]
+    with pytest.raises(InputError, match="not finite"):
+        engine.add_adapter("three", folders["two"], pinned=True)
+    with pytest.raises(InputError, match='no adapter "three"'):
+        engine.remove_adapter("three")
+
+
+def test_an_adapter_changed_on_disk_is_not_mixed_with_what_the_old_one_computed(folders: dict[str, Path]) -> None:
+    engine = from_disk(folders)
+    request = Request(prompt_ids=PROMPTS[2], adapter="one", max_tokens=3)
+    engine.generate([request])
+    weights = load_file(folders["one"] / "adapter_model.safetensors")
+    save_file({key: 2 * tensor for key, tensor in weights.items()}, folders["one"] / "adapter_model.safetensors")
+    engine._core.adapters._unload(1 << 40, set())
+    with pytest.raises(InputError, match="was changed since it was registered"):
+        engine.generate([request])
+    engine.remove_adapter("one")
+    engine.add_adapter("one", folders["one"])
+    assert engine.generate([request])[0].cached_tokens == 0
 
 
 def test_the_renderer_and_length_are_at_hand() -> None:
@@ -215,6 +298,6 @@ def test_another_adapter_of_the_same_name_or_place_is_never_answered_by_the_old_
 
 
 def test_where_memory_is_short_no_second_copy_of_the_weights_is_made(merging: None) -> None:
-    packed = body.PackedBody(build("llama"), merge_limit=10_000)
+    packed = body.PackedBody(build("llama"), pack_numbers, 20_000)
     packed._merge_where_it_pays("a", 10_000)
     assert packed.tables.merged is None

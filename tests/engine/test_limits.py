@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import random
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import CONTEXT, greedy, rival, tiny_engine
 
-from tunesmith.engine import completer, core
+from tunesmith.engine import completer, core, speculation
 from tunesmith.engine.request import BusyError, Request
 from tunesmith.errors import InputError
 
@@ -190,3 +194,43 @@ def test_a_caller_that_leaves_gives_up_its_place_in_the_queue() -> None:
     assert len(engine._core.scheduler.waiting) == 0
     engine._abandon([first])
     assert engine._core.idle
+
+
+def test_nothing_grows_with_the_tokens_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "REMEMBERED", 256)
+    engine = tiny_engine(memory_limit=SMALL)
+    engine._live = False  # the cache is kept between calls, as a server keeps it
+    chance = random.Random(0)
+
+    def some_hundred_tokens() -> None:
+        prompts = [[chance.randrange(3, 97) for _ in range(9)] for _ in range(12)]
+        engine.generate([Request(prompt_ids=p, max_tokens=25, ignore_stop=True) for p in prompts])
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects()), tracemalloc.get_traced_memory()[0]
+
+    for _ in range(4):
+        some_hundred_tokens()
+    tracemalloc.start()
+    try:
+        some_hundred_tokens()
+        tensors, before = held()
+        for _ in range(8):
+            some_hundred_tokens()
+        tensors_after, after = held()
+    finally:
+        tracemalloc.stop()
+    assert tensors_after < 1.25 * tensors + 200
+    assert after - before < 200_000, "2,400 tokens left more than a few bytes each behind"
+    scheduler = engine._core.scheduler
+    assert scheduler.slots.bytes + scheduler.tree.bytes <= SMALL
+
+
+def test_a_client_that_stops_reading_a_stream_leaves_the_others_as_they_were() -> None:
+    engine = tiny_engine()
+    stream = engine.stream(Request(prompt_ids=[5], max_tokens=90, ignore_stop=True))
+    next(stream)
+    stream.close()
+    assert engine._core.idle
+    assert engine.generate([Request(prompt_ids=[6], max_tokens=5)])[0].ids == greedy(rival("llama"), [6], 5)[0]

@@ -17,7 +17,7 @@ from tunesmith.errors import InputError
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
 from tunesmith.models.merge import merge
-from tunesmith.models.peft_format import load_adapter, read_config, save_adapter
+from tunesmith.models.peft_format import check_adapter, load_adapter, read_config, save_adapter
 from tunesmith.recipe import Adapter
 
 IDS = torch.arange(12)[None] % 60
@@ -160,7 +160,11 @@ def test_tunesmith_reads_what_peft_writes_and_writes_it_back(kind, config, tmp_p
             weight.data = weight * (1 + noise) if "magnitude" in name else noise
     theirs.save_pretrained(tmp_path / "theirs")
     lora = wrap(copy.deepcopy(model))
+    size = check_adapter(lora, tmp_path / "theirs")
     facts = load_adapter(lora, "x", tmp_path / "theirs")
+    ranks = [layer.adapters["x"].a.shape[0] for layer in lora.layers.values() if "x" in layer.adapters]
+    held = sum(weight.nbytes for _, weight in lora.parameters("x"))
+    assert (size.rank, size.inner + size.ends) == (max(ranks, default=0), held), "the header says another size"
     with torch.no_grad():
         expected = theirs(IDS).logits
     torch.testing.assert_close(logits(lora, "x"), expected, rtol=0, atol=1e-5)

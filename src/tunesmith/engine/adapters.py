@@ -1,4 +1,8 @@
-"""The adapters an engine knows by name: loaded when needed, the least recently used unloaded when memory is short."""
+"""The adapters an engine knows by name: loaded when needed, the least recently used unloaded when memory is short.
+
+A name costs a path and a look at the file's header, so an engine may know thousands. Weights are read when a request
+is about to begin; where they turn out broken, or no longer those that were registered, that request fails alone.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.engine.projection import AdapterTables, rank_of
+from tunesmith.engine.projection import AdapterTables
 from tunesmith.errors import InputError
 from tunesmith.models.lora import LoraModel
-from tunesmith.models.peft_format import load_adapter, remove_adapter
+from tunesmith.models.peft_file import WEIGHTS
+from tunesmith.models.peft_format import CONFIG, AdapterSize, check_adapter, load_adapter, remove_adapter
+
+Stamp = tuple[int, ...]  # sizes and times of change of an adapter's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class Registered:
     key: int
     bytes: int
     pinned: bool
+    stamp: Stamp
 
 
 class Adapters:
@@ -44,12 +52,18 @@ class Adapters:
         return sum(self._loaded.values())
 
     def add(self, name: str, folder: Path, pinned: bool, busy: Set[str]) -> None:
-        """Load an adapter under a new name. Raises InputError."""
+        """Register an adapter under a new name; a pinned one is loaded at once, and stays. Raises InputError."""
         if name in self._known or name in self._carried():
             raise InputError(f'there is already an adapter "{name}"; remove it first or choose another name')
-        size = self._load(name, folder)
-        self._known[name] = Registered(folder, next(self._numbers), size, pinned)
-        self._unload(self.bytes - self._memory_limit, busy | {name})
+        size = check_adapter(self._lora, folder)
+        self._known[name] = Registered(folder, next(self._numbers), self._bytes_for(size), pinned, _stamp(folder))
+        if pinned:
+            try:
+                self._unload(self._known[name].bytes + self.bytes - self._memory_limit, busy)
+                self._load(name)
+            except InputError:
+                del self._known[name]
+                raise
 
     def remove(self, name: str) -> None:
         """Take an adapter away. Raises InputError if there is none of that name."""
@@ -81,7 +95,7 @@ class Adapters:
         over = self.bytes + known.bytes - self._memory_limit
         if self._unload(over, busy) < over and busy:
             return False
-        self._load(name, known.folder)
+        self._load(name)
         return True
 
     def refresh(self) -> None:
@@ -95,21 +109,20 @@ class Adapters:
         for name in list(self._known):
             self.remove(name)
 
-    def _load(self, name: str, folder: Path) -> int:
-        load_adapter(self._lora, name, folder)
-        rank = rank_of(self._lora, name)
-        if self._tables is None:
-            size = self._own_bytes(name)
-        else:
+    def _bytes_for(self, size: AdapterSize) -> int:
+        """What an adapter takes; in the tables every linear has rows for its largest rank."""
+        return size.ends + (size.inner if self._tables is None else self._tables.bytes_for(size.rank))
+
+    def _load(self, name: str) -> None:
+        known = self._known[name]
+        if _stamp(known.folder) != known.stamp:
+            # What was computed with the old one is still in the cache, and whoever registered it may have proved it.
+            raise InputError(f'adapter "{name}" was changed since it was registered; add it again', file=known.folder)
+        load_adapter(self._lora, name, known.folder)
+        if self._tables is not None:
             self._tables.put(name, self._lora)
             remove_adapter(self._lora, name, inner=True)
-            size = self._tables.bytes_for(rank) + self._own_bytes(name)
-        self._loaded[name] = size
-        return size
-
-    def _own_bytes(self, name: str) -> int:
-        """What the model's own layers hold of an adapter."""
-        return sum(weights.numel() * weights.element_size() for _, weights in self._lora.parameters(name))
+        self._loaded[name] = known.bytes
 
     def _unload(self, wanted: int, busy: Set[str]) -> int:
         """Unload adapters that are neither busy nor pinned until `wanted` bytes are freed; how many were."""
@@ -131,3 +144,12 @@ class Adapters:
         """Adapters that someone else put on the model."""
         names = {name for layer in self._lora.everywhere.values() for name in (*layer.adapters, *layer.tokens)}
         return names - self._known.keys()
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Raises InputError where the adapter's files are gone."""
+    try:
+        stats = [(folder / file).stat() for file in (CONFIG, WEIGHTS)]
+    except OSError as error:
+        raise InputError(f"the adapter's files are gone ({error.strerror})", file=folder) from None
+    return tuple(number for stat in stats for number in (stat.st_size, stat.st_mtime_ns))

@@ -15,6 +15,7 @@ from tunesmith.engine.body import Body, PlainBody, packed_body
 from tunesmith.engine.cache import KvSpec, LayerShape, Node
 from tunesmith.engine.generation import Generation
 from tunesmith.engine.head import AdaptedHead
+from tunesmith.engine.packing import choose_packing, pack_head
 from tunesmith.engine.projection import Segment
 from tunesmith.engine.request import BusyError
 from tunesmith.engine.sampling import Choice, choose
@@ -37,6 +38,7 @@ class Settings:
     step_tokens: int = 256  # tokens in one step; more prompt tokens at once are hardly faster, but make decoding wait
     max_waiting: int = 4096  # sequences in the queue
     packed: bool = True
+    int8: bool = False  # that copy of a base in int8: its integers
 
 
 class Core:
@@ -50,11 +52,12 @@ class Core:
         if lora.head is not None:  # the base's own, whatever adapter the model is set to
             head = replace(head, weight=lora.head.dense(), own=None)
         self.vocabulary = head.weight.shape[0]
-        body = packed_body(lora, spec, settings.adapter_memory_limit // 2) if settings.packed else None
+        packing = choose_packing(lora, settings.int8)
+        body = packed_body(lora, spec, packing, settings.adapter_memory_limit) if settings.packed else None
         self._body: Body = body or PlainBody(lora)
-        tables = None if body is None else body.tables
-        self.adapters = Adapters(lora, name, tables, settings.adapter_memory_limit)
-        self._head = AdaptedHead(head, lora.head, packed=body is not None and not body.quantised)
+        tables, limit = (None, settings.adapter_memory_limit) if body is None else (body.tables, body.tables.limit)
+        self.adapters = Adapters(lora, name, tables, limit)
+        self._head = AdaptedHead(head, lora.head, None if body is None else pack_head(head, packing))
         self.scheduler = Scheduler(
             spec,
             memory_limit=settings.memory_limit,

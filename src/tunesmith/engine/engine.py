@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,15 +60,19 @@ class Engine:
         """`model` is a catalogue name, hub id, folder or .gguf file; adapters are PEFT-format folders by name.
 
         `system` is the system prompt of conversations without one; `quantize` as in the recipe: an adapter is answered
-        with over the base it was trained over; `memory_limit` bounds keys and values,
-        `adapter_memory_limit` the adapters in memory, in bytes.
+        with over the base it was trained over. Over int8, on x86, integers are multiplied, several times as fast.
+        `memory_limit` bounds keys and values, `adapter_memory_limit` the adapters in memory, in bytes.
         Raises InputError.
         """
+        if quantize is not None and quantize not in get_args(Quantize):
+            raise InputError(
+                f'quantize is "{quantize}"; it must be one of {", ".join(get_args(Quantize))}, or left out'
+            )
         base = load_base(str(model), revision=revision, dtype=dtype, device=device, quantize=quantize)
         for folder in (adapters or {}).values():
             base = adopt(base, Path(folder))
         renderer = Renderer.from_tokenizer(base.tokenizer, default_system=system, stop_ids=base.stop_ids)
-        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True)
+        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=True, int8=quantize == "int8")
         self._start(wrap(base.model), renderer, base.tokenizer, base.context_length, base.name, settings)
         self._adopted = base.template_tokens is not None
         for name, folder in (adapters or {}).items():
@@ -83,6 +88,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str = "model",
         memory_limit: int | None = None,
+        adapter_memory_limit: int | None = None,
         max_batch: int = MAX_BATCH,
         packed: bool = False,
     ) -> Engine:
@@ -93,7 +99,7 @@ class Engine:
         `stream` or `logprobs` starts with an empty cache.
         """
         engine = cls.__new__(cls)
-        settings = _settings(memory_limit, None, max_batch, packed)
+        settings = _settings(memory_limit, adapter_memory_limit, max_batch, packed=packed)
         engine._start(lora, renderer, tokenizer, context_length, name, settings)
         engine._live = True
         return engine
@@ -160,10 +166,9 @@ class Engine:
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> None:
         """Register a PEFT-format adapter folder under a name. Raises InputError where it does not fit the base.
 
-        One that brings a chat template of its own is given to `Engine(...)`, which then speaks by it.
-
-        When memory for adapters is short the least recently used is unloaded, and loaded again when it is asked for;
-        a `pinned` one stays.
+        That costs a look at its header; its weights are loaded when they are asked for. When memory for adapters is
+        short the least recently used is unloaded; a `pinned` one is loaded at once and stays. One that brings a chat
+        template of its own is given to `Engine(...)`, which then speaks by it.
         """
         if not self.speaks_as(Path(folder)):
             raise InputError(
@@ -272,8 +277,10 @@ def steady_context(model: PreTrainedModel) -> int:
     return min(limits, default=sys.maxsize)
 
 
-def _settings(memory_limit: int | None, adapter_memory_limit: int | None, max_batch: int, packed: bool) -> Settings:
+def _settings(
+    memory_limit: int | None, adapter_memory_limit: int | None, max_batch: int, *, packed: bool, int8: bool = False
+) -> Settings:
     """Limits not given: an eighth of the machine's memory each, between 256 MB and 2 GB."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usual = min(max(total // 8, 256 << 20), 2 << 30)
-    return Settings(memory_limit or usual, adapter_memory_limit or usual, max_batch, packed=packed)
+    return Settings(memory_limit or usual, adapter_memory_limit or usual, max_batch, packed=packed, int8=int8)

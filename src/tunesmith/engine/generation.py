@@ -125,7 +125,7 @@ class Generation:
 
     def guess(self, speculation: Speculation, sequences: int, room: int) -> tuple[int, ...]:
         """What may come after its last token (see Guesser.guess)."""
-        if not self.guessable:
+        if not (self.guessable and self.generated):  # the first token need not wait until a long prompt is looked over
             return ()
         if self.guesser is None:
             self.guesser = Guesser(speculation, self.cache_key, self.prompt)

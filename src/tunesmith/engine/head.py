@@ -14,11 +14,10 @@ from tunesmith.tree.heads import Head
 
 
 class AdaptedHead:
-    """A model's output head. `packed` makes a copy of its weight that answers faster."""
+    """A model's output head. `product` is a copy of its weight that answers faster."""
 
-    def __init__(self, head: Head, layer: LoraLinear | None, *, packed: bool) -> None:
-        self._head, self._layer = head, layer
-        self._packed = PackedLinear([head.weight], [head.bias]) if packed else None
+    def __init__(self, head: Head, layer: LoraLinear | None, product: PackedLinear | None) -> None:
+        self._head, self._layer, self._packed = head, layer, product
 
     def logits(self, hidden: Tensor, names: Sequence[str | None]) -> Tensor:
         """hidden [rows, hidden] and each row's adapter -> [rows, vocabulary]."""

@@ -1,11 +1,13 @@
 """Linears with packed weights and any mix of adapters over them, for the engine's fast body.
 
 A step's rows use adapters in two ways. Runs of prompt tokens have many rows on one adapter: two thin products. Decoding
-rows have one row each on many adapters, where one product an adapter would be nearly all overhead:
+rows have one row each on many adapters, where one product an adapter would be nearly all overhead. There all adapters'
+A and B lie row by row in one table each, and two operations made for other ends read just the rows that are needed,
+whatever the ranks, at the speed of memory (which is all they cost: 16 adapters of rank 25 are as much to read as the
+base):
 
-    low[j]  = A[j] x[j]                  one matrix-vector product an adapter, for all linears that share the input
-    y[j]   += sum_r low[j, r] B[j][r]    for all rows at once, ranks of any size: a weighted sum of rows of a table of
-                                         all adapters' B (transposed), which is what embedding_bag computes
+    low[j, r] = A[r] x[j]                 for the r of row j's adapter: the product x A^T sampled in a few places
+    y[j]     += sum_r low[j, r] B[r]      a weighted sum of rows of a table, which is what embedding_bag computes
 
 DoRA is y = g (W x + s B A x) + bias: its B is put into the tables with g in it, and W x is multiplied beforehand.
 
@@ -15,6 +17,8 @@ exact to rounding, and nothing is left to do for the adapter.
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,22 +26,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.engine.packing import Packing, Product
 from tunesmith.models.dora import gain
-from tunesmith.models.fused_layer import Workspace
 from tunesmith.models.lora import LoraLinear, LoraModel
 from tunesmith.models.packed import PackedLinear
-from tunesmith.models.quantised import QuantisedLinear, stack_matrices
 
 Segment = tuple[str, int, int]  # adapter, first row, one past the last
-FIRST_ROOM = 32  # ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an adapter lies in every table: rows [start, start + rank)."""
+    """Where an adapter lies in every table: one row a rank, ascending."""
 
-    start: int
-    rank: int
+    rows: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return len(self.rows)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rows lie together."""
+        return not self.rows or self.rows[-1] - self.rows[0] + 1 == self.rank
+
+    def of(self, table: Tensor) -> Tensor:
+        """Its rows of a table, a view where they lie together."""
+        if self.whole:
+            first = self.rows[0] if self.rows else 0
+            return table[first : first + self.rank]
+        return table.index_select(0, torch.tensor(self.rows))
+
+    def write(self, table: Tensor, numbers: Tensor | None, factor: float | Tensor = 1.0) -> None:
+        """Put factor * numbers into its rows of a table, and zeros where there are fewer of them."""
+        own = self.of(table)
+        count = 0 if numbers is None else len(numbers)
+        if numbers is not None:
+            torch.mul(numbers, factor, out=own[:count])
+        own[count:] = 0.0
+        if not self.whole:
+            table.index_copy_(0, torch.tensor(self.rows), own)
 
 
 @dataclass
@@ -49,15 +76,21 @@ class Mix:
 
     runs: tuple[tuple[str, Place, int, int], ...]
     singles: tuple[tuple[str | None, Place], ...]
-    table_rows: Tensor  # the singles' table rows, one after the other
-    bags: Tensor  # [singles] where each single's begin
     whole: str | None = None  # the adapter that every row uses, where it is one
-    _picks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    names: frozenset[str | None] = frozenset()  # of the singles
+    _sampled: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = frozenset(name for name, _ in self.singles)
+        # The singles' table rows, one after the other, and where each single's begin.
+        self.table_rows = torch.tensor([row for _, place in self.singles for row in place.rows], dtype=torch.long)
+        self._starts = torch.tensor([0, *(place.rank for _, place in self.singles)]).cumsum(0)
+        self.bags = self._starts[:-1]
 
     @classmethod
     def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place], whole: str | None = None) -> Mix:
         """`singles`: how many leading rows are to be taken one by one."""
-        own: list[tuple[str | None, Place]] = [(None, Place(0, 0))] * singles
+        own: list[tuple[str | None, Place]] = [(None, Place())] * singles
         runs = []
         for name, start, stop in segments:
             if name not in places:
@@ -66,62 +99,41 @@ class Mix:
                 own[row] = (name, places[name])
             if stop > singles:
                 runs.append((name, places[name], max(start, singles), stop))
-        rows = [place.start + r for _, place in own for r in range(place.rank)]
-        starts = torch.tensor([0, *(place.rank for _, place in own)]).cumsum(0)[:-1]
-        return cls(tuple(runs), tuple(own), torch.tensor(rows, dtype=torch.long), starts, whole)
+        return cls(tuple(runs), tuple(own), whole)
 
-    def picks(self, linears: int, index: int) -> Tensor:
-        """Where linear `index` of `linears` finds its part of the singles' thin products, which lie adapter by adapter.
+    def sampled(self, linears: int, room: int) -> Tensor:
+        """The places of x A^T that count, [singles, room * linears] sparse: row r of every linear's A lies together.
 
-        Worked example: 2 linears, ranks 1 and 2 give [a0 a1 | b0 b0 b1 b1]; linear 1 picks 1, 4, 5.
+        Worked example: 2 linears, table rows 1 and 4 give the columns 2 3 8 9.
         """
-        if (linears, index) not in self._picks:
-            starts = [linears * start for start in self.bags.tolist()]
-            ranks = [place.rank for _, place in self.singles]
-            picked = [s + index * rank + r for s, rank in zip(starts, ranks, strict=True) for r in range(rank)]
-            self._picks[linears, index] = torch.tensor(picked, dtype=torch.long)
-        return self._picks[linears, index]
-
-
-class DequantisedLinear:
-    """y = x W^T + b over quantised linears that share their input, dequantised at every call: slower than packed
-    numbers where rows are few, but nothing more is held than one W."""
-
-    def __init__(self, linears: Sequence[QuantisedLinear], scratch: Workspace) -> None:
-        self._linears, self._scratch = linears, scratch
-        self._out, self._in = sum(linear.out_features for linear in linears), linears[0].in_features
-        biases: list[tuple[Tensor | None, int]] = [(each.bias, each.out_features) for each in linears]
-        self.bias = None
-        if any(bias is not None for bias, _ in biases):
-            self.bias = torch.cat([torch.zeros(width) if bias is None else bias.detach() for bias, width in biases])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], new."""
-        weight = stack_matrices(self._linears, self._scratch.take("weight", self._out, self._in))
-        return torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
+        if (linears, room) not in self._sampled:
+            columns = (self.table_rows[:, None] * linears + torch.arange(linears)).flatten()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch calls its sparse tensors a beta
+                self._sampled[linears, room] = torch.sparse_csr_tensor(
+                    self._starts * linears, columns, torch.zeros(len(columns)), (len(self.singles), room * linears)
+                )
+        return self._sampled[linears, room]
 
 
 class Projection:
     """Linears over one input, and the adapters on each: [rows, in] -> [rows, sum of out]."""
 
-    def __init__(self, *linears: Any, scratch: Workspace) -> None:
-        """`scratch` is where quantised weights are dequantised at every call."""
+    def __init__(self, *linears: Any, packing: Packing) -> None:
         bases: list[Any] = [each.base if isinstance(each, LoraLinear) else each for each in linears]
         self._biases = [base.bias for base in bases]
-        quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
-        self.quantised = bool(quantised)
-        if quantised:
-            self._packed: PackedLinear | DequantisedLinear = DequantisedLinear(quantised, scratch)
-        else:
-            self._packed = PackedLinear([base.weight for base in bases], self._biases)
-        self._merged: tuple[str, PackedLinear | DequantisedLinear] | None = None  # with one adapter in the weights
+        self._packed = packing(bases)
+        self._merged: tuple[str, Product] | None = None  # with one adapter in the weights
         self._linears: tuple[Any, ...] = linears
         widths = [base.out_features for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()
         self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
-        self._tables = [torch.zeros(0, width) for width in widths]  # [room, out]: rows of B^T of all adapters
-        self._downs: dict[str, Tensor] = {}  # scaling * A of all linears, [linears * rank, in]
-        self._gains: dict[str, Tensor] = {}  # g - 1 of an adapter with DoRA, [sum of out]; zero where it has none
+        self._downs = torch.empty(
+            0, len(linears), int(linears[0].in_features)
+        )  # [room, linears, in]: rows of scaling * A
+        self._ups = [torch.empty(0, width) for width in widths]  # [room, out]: rows of B^T
+        self._names: set[str | None] = set()  # adapters that are not zero here
+        self._gains: dict[str | None, Tensor] = {}  # g - 1 of those with DoRA, [sum of out]; zero where it has none
 
     @property
     def numbers_per_rank(self) -> int:
@@ -129,35 +141,33 @@ class Projection:
         return sum(linear.in_features + linear.out_features for linear in self._linears)
 
     def make_room(self, rows: int) -> None:
-        """Tables of `rows` rows at least."""
-        self._tables = [
-            torch.cat((table, table.new_zeros(rows - len(table), table.shape[1]))) for table in self._tables
-        ]
+        """Tables of `rows` rows. What is not written is not touched, so it takes no memory."""
+        self._downs = _longer(self._downs, rows)
+        for index, table in enumerate(self._ups):
+            self._ups[index] = _longer(table, rows)
 
     def put(self, name: str, place: Place) -> None:
         """Take an adapter over from the linears. Smaller ranks are filled up with zeros."""
         found = [each.adapters.get(name) if isinstance(each, LoraLinear) else None for each in self._linears]
-        down = torch.zeros(len(found), place.rank, self._linears[0].in_features)
-        more = torch.zeros(self._columns[-1].stop)
-        for index, weights in enumerate(found):
-            table = self._tables[index][place.start : place.start + place.rank]
-            table.zero_()
-            if weights is not None:
-                rank = weights.a.shape[0]
-                torch.mul(weights.a.detach(), weights.scaling, out=down[index, :rank])
-                table[:rank] = weights.b.detach().t()
-                if weights.magnitude is not None:
-                    g = gain(self._linears[index].dense(), weights).detach()
-                    table[:rank] *= g
-                    more[self._columns[index]] = g - 1
         self.drop(name)
         if any(weights is not None for weights in found):
-            self._downs[name] = down.flatten(0, 1)
-        if any(weights is not None and weights.magnitude is not None for weights in found):
-            self._gains[name] = more
+            self._names.add(name)
+        more = torch.zeros(self._columns[-1].stop)
+        for index, weights in enumerate(found):
+            if weights is None:  # beside others its rows are read
+                place.write(self._downs[:, index], None)
+                place.write(self._ups[index], None)
+                continue
+            g: float | Tensor = 1.0
+            if weights.magnitude is not None:
+                g = gain(self._linears[index].dense(), weights).detach()
+                more[self._columns[index]] = g - 1
+                self._gains[name] = more
+            place.write(self._downs[:, index], weights.a.detach(), weights.scaling)
+            place.write(self._ups[index], weights.b.detach().t(), g)
 
     def drop(self, name: str) -> None:
-        self._downs.pop(name, None)
+        self._names.discard(name)
         self._gains.pop(name, None)
 
     @property
@@ -167,17 +177,16 @@ class Projection:
 
     def merge(self, name: str, place: Place) -> None:
         """Pack W + s B A (DoRA: g times that) of an adapter as well."""
-        down = self._downs.get(name)
-        if down is None:
+        if name not in self._names:
             self._merged = (name, self._packed)
             return
         weights, more = [], self._gains.get(name)
-        parts = zip(self._linears, self._tables, down.split(place.rank), self._columns, strict=True)
-        for linear, table, a, columns in parts:
+        parts = zip(self._linears, self._ups, place.of(self._downs).unbind(1), self._columns, strict=True)
+        for linear, up, down, columns in parts:
             base = linear.base.weight if isinstance(linear, LoraLinear) else linear.weight
             if more is not None:
                 base = base * (1 + more[columns])[:, None]
-            weights.append(torch.addmm(base, table[place.start : place.start + place.rank].t(), a))
+            weights.append(torch.addmm(base, place.of(up).t(), down))
         self._merged = (name, PackedLinear(weights, self._biases))
 
     def unmerge(self) -> None:
@@ -190,13 +199,12 @@ class Projection:
         if self._gains:
             self._multiply(y, mix)
         for name, place, start, stop in mix.runs:
-            down = self._downs.get(name)
-            if down is not None:
-                low = torch.mm(x[start:stop], down.t())
-                for index, columns in enumerate(self._columns):
-                    own = low[:, index * place.rank : (index + 1) * place.rank]
-                    y[start:stop, columns].addmm_(own, self._tables[index][place.start : place.start + place.rank])
-        if len(mix.table_rows):
+            if name in self._names:
+                down = place.of(self._downs).flatten(0, 1)  # [rank * linears, in]
+                low = torch.mm(x[start:stop], down.t()).unflatten(1, (place.rank, -1))
+                for own, columns, up in zip(low.unbind(2), self._columns, self._ups, strict=True):
+                    y[start:stop, columns].addmm_(own, place.of(up))
+        if len(mix.table_rows) and not self._names.isdisjoint(mix.names):
             self._add_singles(x, y, mix)
         return y
 
@@ -208,7 +216,7 @@ class Projection:
             if more is not None:
                 part = y[start:stop]
                 part.addcmul_(part if bias is None else part - bias, more)
-        found = [(row, None if name is None else self._gains.get(name)) for row, (name, _) in enumerate(mix.singles)]
+        found = [(row, self._gains.get(name)) for row, (name, _) in enumerate(mix.singles)]
         gains = {row: more for row, more in found if more is not None}
         if gains:
             rows = torch.tensor(list(gains))
@@ -217,26 +225,29 @@ class Projection:
             y[rows] = torch.addcmul(part, plain, torch.stack(list(gains.values())))
 
     def _add_singles(self, x: Tensor, y: Tensor, mix: Mix) -> None:
-        count = len(self._columns)
-        low = torch.zeros(count * len(mix.table_rows))
-        pieces = low.split([count * place.rank for _, place in mix.singles])
-        for (name, _), row, piece in zip(mix.singles, x.unbind(0), pieces, strict=False):
-            down = None if name is None else self._downs.get(name)
-            if down is not None:
-                torch.mv(down, row, out=piece)
-        for index, columns in enumerate(self._columns):
-            weights = low if count == 1 else low.index_select(0, mix.picks(count, index))
-            added = torch.embedding_bag(self._tables[index], mix.table_rows, mix.bags, False, 0, False, weights)
-            y[: len(mix.singles), columns] += added[0]
+        count, singles = len(self._columns), len(mix.singles)
+        where = mix.sampled(count, len(self._downs))
+        table = self._downs.flatten(0, 1)
+        low = torch.sparse.sampled_addmm(where, x[:singles], table.t(), beta=0.0).values()
+        for weights, columns, up in zip(low.view(-1, count).t().contiguous(), self._columns, self._ups, strict=True):
+            added = torch.embedding_bag(up, mix.table_rows, mix.bags, False, 0, False, weights)
+            y[:singles, columns] += added[0]
+
+
+def _longer(table: Tensor, rows: int) -> Tensor:
+    longer = table.new_empty(rows, *table.shape[1:])
+    longer[: len(table)] = table
+    return longer
 
 
 class AdapterTables:
-    """Gives adapters their place in all projections' tables."""
+    """Gives adapters their place in all projections' tables, which have room for `limit` bytes of them."""
 
-    def __init__(self, projections: Sequence[Projection]) -> None:
+    def __init__(self, projections: Sequence[Projection], limit: int) -> None:
         self._projections = projections
         self.places: dict[str, Place] = {}
         self.merged: str | None = None  # the adapter that the projections have in their weights as well
+        self.limit = limit
         self._room = 0
 
     def bytes_for(self, rank: int) -> int:
@@ -250,7 +261,7 @@ class AdapterTables:
         place = self.places.get(name)
         if place is None or place.rank != rank:
             self.drop(name)
-            place = Place(self._free(rank), rank)
+            place = self._free(rank)
         for projection in self._projections:
             projection.put(name, place)
         self.places[name] = place
@@ -261,11 +272,6 @@ class AdapterTables:
         if self.places.pop(name, None) is not None:
             for projection in self._projections:
                 projection.drop(name)
-
-    @property
-    def merged_bytes(self) -> int:
-        """What the weights of one adapter with the base take."""
-        return sum(projection.bytes for projection in self._projections)
 
     def merge(self, name: str) -> None:
         """Keep the weights of the base with this adapter in them, and no other's."""
@@ -280,18 +286,20 @@ class AdapterTables:
             for projection in self._projections:
                 projection.unmerge()
 
-    def _free(self, rank: int) -> int:
-        """The first gap of `rank` rows; the tables grow where there is none."""
-        end = 0
-        for place in sorted(self.places.values(), key=lambda p: p.start):
-            if place.start - end >= rank:
-                return end
-            end = max(end, place.start + place.rank)  # one of rank 0 lies anywhere
-        if end + rank > self._room:
-            self._room = max(FIRST_ROOM, self._room * 3 // 2, end + rank)
+    def _free(self, rank: int) -> Place:
+        """The first gap of `rank` rows; where there is none, rows of several. Room is made beyond the limit only."""
+        taken = sorted(row for place in self.places.values() for row in place.rows)
+        wanted = max(len(taken) + rank, self.limit // self.bytes_for(1))
+        if self._room < wanted:
+            self._room = wanted
             for projection in self._projections:
-                projection.make_room(self._room)
-        return end
+                projection.make_room(wanted)
+        scattered: list[int] = []
+        for before, after in itertools.pairwise([-1, *taken, self._room]):
+            if after - before > rank:
+                return Place(tuple(range(before + 1, before + 1 + rank)))
+            scattered += range(before + 1, after)
+        return Place(tuple(scattered[:rank]))
 
 
 def rank_of(lora: LoraModel, name: str) -> int:

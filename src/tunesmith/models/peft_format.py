@@ -16,23 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.disk import os_errors
 from tunesmith.errors import InputError
 from tunesmith.models.embedding import LoraEmbedding, TokenRows
 from tunesmith.models.lora import LoraModel, LoraWeights
+from tunesmith.models.peft_file import BASE_QUANTIZE, MAGNITUDE, TOKENS, WEIGHTS, place_of, read_header, read_tensors
 from tunesmith.models.quantised import quantisation
 from tunesmith.recipe import Adapter as AdapterSection
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE_QUANTIZE = "base_quantize"  # in the metadata of the weights, which PEFT passes over: how the base was quantised
-TENSOR = re.compile(
-    r"base_model\.model\.(?P<layer>.+)\."
-    r"(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight)?"
-)
+CONFIG = "adapter_config.json"
 # What the base has at one of its ends, which PEFT may save as well.
 BASE_COPY = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.token_adapter)?(\.base_layer)?\.weight")
 # Fields of PEFT's configuration that change the computation, and the values under which they do not.
@@ -66,6 +61,23 @@ class AdapterFacts:
     layers: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterSize:
+    """What an adapter takes in memory."""
+
+    rank: int  # its largest one in the inner linears, 0 where it has none there
+    inner: int  # bytes
+    ends: int  # bytes over the embedding and the head
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How an adapter's tensors lie over the base."""
+
+    ranks: dict[str, int]  # by layer
+    tokens: dict[str, list[int]]  # ids of the tokens whose rows it brings, by end
+
+
 def save_adapter(
     lora: LoraModel, name: str, folder: Path, section: AdapterSection, base_name: str, revision: str | None = None
 ) -> None:
@@ -89,10 +101,10 @@ def save_adapter(
 def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
     """Put an adapter from disk over the base under `name`. Raises InputError; the base is left as it was then."""
     config = read_config(folder)
-    sides = _read_sides(lora, folder)
-    _refuse_other_numbers(lora, folder)
-    tokens = _token_rows(lora, sides, config, folder)
-    loaded = {layer: _layer_weights(lora, layer, parts, config, folder) for layer, parts in sides.items()}
+    fit = _fit(lora, _read_shapes(lora, folder), config, folder)
+    parts = _read_parts(lora, folder)
+    tokens = _token_rows(lora, fit, parts)
+    loaded = {layer: _layer_weights(lora, parts[layer], rank, config, layer) for layer, rank in fit.ranks.items()}
     for layer, weights in loaded.items():
         lora.everywhere[layer].adapters[name] = weights
     for end, rows in tokens.items():
@@ -104,8 +116,21 @@ def load_adapter(lora: LoraModel, name: str, folder: Path) -> AdapterFacts:
         alpha=config["lora_alpha"],
         rslora=bool(config.get("use_rslora")),
         dropout=float(config.get("lora_dropout") or 0.0),
-        layers=tuple(sides),
+        layers=tuple(fit.ranks),
     )
+
+
+def check_adapter(lora: LoraModel, folder: Path) -> AdapterSize:
+    """Whether an adapter fits the base, by its configuration and its file's header alone; how large it is.
+
+    Reads no weights, so it costs next to nothing; `load_adapter` may still find them broken. Raises InputError.
+    """
+    config, shapes = read_config(folder), _read_shapes(lora, folder)
+    fit = _fit(lora, shapes, config, folder)
+    sizes = {layer: 4 * sum(math.prod(shape) for shape in parts.values()) for layer, parts in shapes.items()}
+    ends = sum(size for layer, size in sizes.items() if layer in lora.ends)
+    rank = max((rank for layer, rank in fit.ranks.items() if layer in lora.layers), default=0)
+    return AdapterSize(rank, sum(sizes.values()) - ends, ends)
 
 
 def remove_adapter(lora: LoraModel, name: str, *, inner: bool = False) -> None:
@@ -137,35 +162,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_sides(lora: LoraModel, folder: Path) -> dict[str, dict[str, Tensor]]:
+def _read_shapes(lora: LoraModel, folder: Path) -> dict[str, dict[str, list[int]]]:
     """{layer: {"A": [rank, in], "B": [out, rank], "magnitude_vector": [out]}}, in the file's order of names."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = folder / "adapter_model.bin"
-        if pickled.is_file():
-            raise InputError(
-                "the adapter's weights are pickled, which can run code when loaded; convert them to safetensors",
-                file=pickled,
-            )
-        raise InputError(f"the adapter's folder holds no {WEIGHTS}", file=folder)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"the adapter's weights are damaged ({error})", file=path) from None
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(tensors):
-        match = TENSOR.fullmatch(key)
-        if match is None and _is_base_copy(lora, key, tensors[key]):
+    tensors, metadata = read_header(folder)
+    _refuse_other_numbers(lora, metadata.get(BASE_QUANTIZE), folder)
+    shapes: dict[str, dict[str, list[int]]] = {}
+    for key, shape in tensors.items():
+        place = place_of(key)
+        if place is not None:
+            shapes.setdefault(place[0], {})[place[1]] = shape
+        elif _copied(lora, key, shape) is None:
+            raise _unknown(key, folder)
+    return shapes
+
+
+def _read_parts(lora: LoraModel, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors at the same places, float32."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(folder).items():
+        place = place_of(key)
+        if place is not None:
+            parts.setdefault(place[0], {})[place[1]] = tensor.float()
             continue
-        if match is None:
-            raise InputError(f"the adapter holds {key}, which is no LoRA weight of a linear layer", file=path)
-        if not torch.isfinite(tensors[key]).all():
-            raise InputError(f"{key} holds numbers that are not finite; the adapter is broken", file=path)
-        part = match["part"].rpartition(".")[2].removeprefix("lora_").removeprefix("embedding_")
-        sides.setdefault(match["layer"], {})[part] = tensors[key].float()
-    if not sides:
-        raise InputError("the adapter is empty: it holds no weights", file=path)
-    return sides
+        own = _copied(lora, key, list(tensor.shape))
+        if own is None or not torch.equal(tensor.to(own.device, own.dtype), own):
+            raise _unknown(key, folder)
+    return parts
+
+
+def _copied(lora: LoraModel, key: str, shape: list[int]) -> Tensor | None:
+    """What the base has at one of its ends, where a tensor by its name and shape is a copy of that."""
+    match = BASE_COPY.fullmatch(key)
+    end = None if match is None else lora.ends.get(match["layer"])
+    return end.base.weight if end is not None and list(end.base.weight.shape) == shape else None
+
+
+def _unknown(key: str, folder: Path) -> InputError:
+    return InputError(f"the adapter holds {key}, which is no LoRA weight of a linear layer", file=folder / WEIGHTS)
 
 
 def _metadata(lora: LoraModel) -> dict[str, str]:
@@ -173,13 +206,11 @@ def _metadata(lora: LoraModel) -> dict[str, str]:
     return {"format": "pt"} if how is None else {"format": "pt", BASE_QUANTIZE: how}
 
 
-def _refuse_other_numbers(lora: LoraModel, folder: Path) -> None:
+def _refuse_other_numbers(lora: LoraModel, trained: str | None, folder: Path) -> None:
     """Raises InputError where the adapter says it was trained over a base quantised otherwise.
 
     One that says nothing comes from a plain base or from elsewhere, and may be used over any.
     """
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        trained = (file.metadata() or {}).get(BASE_QUANTIZE)
     here = quantisation(lora.model)
     if trained is not None and trained != here:
         raise InputError(
@@ -189,43 +220,56 @@ def _refuse_other_numbers(lora: LoraModel, folder: Path) -> None:
         )
 
 
-def _is_base_copy(lora: LoraModel, key: str, tensor: Tensor) -> bool:
-    """Whether a tensor is what the base has at one of its ends anyway."""
-    match = BASE_COPY.fullmatch(key)
-    end = None if match is None else lora.ends.get(match["layer"])
-    if end is None or tensor.shape != end.base.weight.shape:
-        return False
-    own = end.base.weight
-    return torch.equal(tensor.to(own.device, own.dtype), own)
+def _fit(lora: LoraModel, shapes: dict[str, dict[str, list[int]]], config: dict[str, Any], folder: Path) -> _Fit:
+    """How tensors of these shapes lie over the base. Raises InputError where one does not fit."""
+    if not shapes:
+        raise InputError("the adapter is empty: it holds no weights", file=folder / WEIGHTS)
+    tokens = _token_ids(lora, shapes, config, folder)
+    ranks: dict[str, int] = {}
+    for layer, found in shapes.items():
+        parts = {part: shape for part, shape in found.items() if not (part == TOKENS and layer in tokens)}
+        if parts:
+            ranks[layer] = _rank(lora, layer, parts, config, folder)
+    return _Fit(ranks, tokens)
 
 
-def _token_rows(
-    lora: LoraModel, sides: dict[str, dict[str, Tensor]], config: dict[str, Any], folder: Path
-) -> dict[str, TokenRows]:
-    """The rows of single tokens by the end they are for, taken out of `sides`; tied ends share the embedding's."""
+def _token_ids(
+    lora: LoraModel, shapes: dict[str, dict[str, list[int]]], config: dict[str, Any], folder: Path
+) -> dict[str, list[int]]:
+    """The tokens whose rows an adapter brings, by the end they are for."""
     indices: Any = config.get("trainable_token_indices") or {}
-    embedding = next((end for end, layer in lora.ends.items() if isinstance(layer, LoraEmbedding)), "")
-    named = indices if isinstance(indices, dict) else {embedding: indices}
-    found: dict[str, TokenRows] = {}
+    named = indices if isinstance(indices, dict) else {_embedding(lora): indices}
+    found: dict[str, list[int]] = {}
     for end, layer in lora.ends.items():
-        rows = sides.get(end, {}).pop("trainable_tokens_delta", None)
-        if rows is None:
+        shape = shapes.get(end, {}).get(TOKENS)
+        if shape is None:
             continue
-        if not sides[end]:
-            del sides[end]
         ids = next((ids for name, ids in named.items() if f".{end}".endswith(f".{name}")), [])
         vocabulary, hidden = layer.base.weight.shape
-        if list(rows.shape) != [len(ids), hidden] or not all(0 <= i < vocabulary for i in ids):
+        if shape != [len(ids), hidden] or not all(0 <= i < vocabulary for i in ids):
             raise InputError(
                 f"trainable_token_indices does not fit this base: {end} has {vocabulary} rows of {hidden}", file=folder
             )
-        device = layer.base.weight.device
-        found[end] = TokenRows(torch.tensor(ids, device=device), nn.Parameter(rows.to(device)))
+        found[end] = ids
     if named and not found:
         raise InputError("trainable_token_indices names tokens, but their rows are not there", file=folder)
+    return found
+
+
+def _token_rows(lora: LoraModel, fit: _Fit, parts: dict[str, dict[str, Tensor]]) -> dict[str, TokenRows]:
+    """The rows of single tokens by the end they are for; tied ends share the embedding's."""
+    found: dict[str, TokenRows] = {}
+    for end, ids in fit.tokens.items():
+        device = lora.ends[end].base.weight.device
+        found[end] = TokenRows(torch.tensor(ids, device=device), nn.Parameter(parts[end][TOKENS].to(device)))
+    embedding = _embedding(lora)
     if embedding in found and len({layer.base.weight.data_ptr() for layer in lora.ends.values()}) == 1:
         found = dict.fromkeys(lora.ends, found[embedding]) | found
     return found
+
+
+def _embedding(lora: LoraModel) -> str:
+    return next((end for end, layer in lora.ends.items() if isinstance(layer, LoraEmbedding)), "")
 
 
 def _token_indices(lora: LoraModel, name: str) -> dict[str, list[int]] | None:
@@ -233,34 +277,33 @@ def _token_indices(lora: LoraModel, name: str) -> dict[str, list[int]] | None:
     return found or None
 
 
-def _layer_weights(
-    lora: LoraModel, layer: str, parts: dict[str, Tensor], config: dict[str, Any], folder: Path
-) -> LoraWeights:
+def _rank(lora: LoraModel, layer: str, parts: dict[str, list[int]], config: dict[str, Any], folder: Path) -> int:
+    """A layer's rank, where parts of these shapes fit it."""
     target = lora.everywhere.get(layer)
     if target is None:
         raise InputError(f"the adapter changes {layer}, which is no linear layer of this base", file=folder)
     if not {"A", "B"} <= set(parts):
         raise InputError(f"the adapter has only one of lora_A and lora_B for {layer}", file=folder)
-    if ("magnitude_vector" in parts) != bool(config.get("use_dora")):
+    if (MAGNITUDE in parts) != bool(config.get("use_dora")):
         said, there = ("true", "no") if config.get("use_dora") else ("false", "a")
         raise InputError(f"use_dora is {said}, but there is {there} magnitude for {layer}", file=folder)
     rank = int(_by_pattern(config.get("rank_pattern"), layer, config["r"]))
-    alpha = float(_by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]))
-    shapes = {
-        "A": [rank, target.in_features],
-        "B": [target.out_features, rank],
-        "magnitude_vector": [target.out_features],
-    }
-    found = {part: list(tensor.shape) for part, tensor in parts.items()}
-    expected = {part: shapes[part] for part in parts}
-    if found != expected:
+    shapes = {"A": [rank, target.in_features], "B": [target.out_features, rank], MAGNITUDE: [target.out_features]}
+    expected = {part: shapes.get(part, []) for part in parts}
+    if parts != expected:
         raise InputError(
-            f"the adapter does not fit this base: at {layer} it has {_listed(found)} where {_listed(expected)} are "
+            f"the adapter does not fit this base: at {layer} it has {_listed(parts)} where {_listed(expected)} are "
             "expected",
             file=folder,
         )
-    device = lora.model.device
-    magnitude = parts.get("magnitude_vector")
+    return rank
+
+
+def _layer_weights(
+    lora: LoraModel, parts: dict[str, Tensor], rank: int, config: dict[str, Any], layer: str
+) -> LoraWeights:
+    alpha = float(_by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]))
+    device, magnitude = lora.model.device, parts.get(MAGNITUDE)
     return LoraWeights(
         a=nn.Parameter(parts["A"].to(device)),
         b=nn.Parameter(parts["B"].to(device)),

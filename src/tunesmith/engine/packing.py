@@ -1,0 +1,68 @@
+"""How the engine's fast body keeps a base's frozen weights for its products.
+
+Plain numbers are packed anew, laid out for speed. A quantised base is never packed as numbers: its weights are
+dequantised whenever they are used, or, in int8 and where that is asked for, its very integers are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.models.fused_layer import Workspace
+from tunesmith.models.int8 import Int8Linear, can_run_int8
+from tunesmith.models.lora import LoraModel
+from tunesmith.models.packed import PackedLinear, joined_bias
+from tunesmith.models.quantised import QuantisedLinear, quantisation, stack_matrices
+from tunesmith.tree.heads import Head
+
+
+class DequantisedLinear:
+    """y = x W^T + b over quantised linears that share their input, dequantised at every call: slower than packed
+    numbers where rows are few, but nothing more is held than one W."""
+
+    def __init__(self, linears: Sequence[QuantisedLinear], scratch: Workspace) -> None:
+        self._linears, self._scratch = linears, scratch
+        widths = [linear.out_features for linear in linears]
+        self._out, self._in = sum(widths), linears[0].in_features
+        self.bias = joined_bias(widths, [linear.bias for linear in linears])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], new."""
+        weight = stack_matrices(self._linears, self._scratch.take("weight", self._out, self._in))
+        return torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
+
+
+Product = PackedLinear | Int8Linear | DequantisedLinear
+Packing = Callable[[Sequence[Any]], Product]  # linears that share their input -> the product of all of them
+
+
+def pack_numbers(linears: Sequence[Any]) -> PackedLinear:
+    return PackedLinear([linear.weight for linear in linears], [linear.bias for linear in linears])
+
+
+def pack_integers(linears: Sequence[Any]) -> Int8Linear:
+    """The linears of a base in int8."""
+    return Int8Linear([linear.stored for linear in linears], [linear.bias for linear in linears])
+
+
+def leave_quantised() -> Packing:
+    """The products share the memory into which they dequantise."""
+    scratch = Workspace(torch.empty(0))
+    return lambda linears: DequantisedLinear(linears, scratch)
+
+
+def choose_packing(lora: LoraModel, int8: bool) -> Packing:
+    """`int8`: multiply the integers of a base in int8, where this machine can."""
+    how = quantisation(lora.model)
+    if how is None:
+        return pack_numbers
+    return pack_integers if int8 and how == "int8" and can_run_int8() else leave_quantised()
+
+
+def pack_head(head: Head, packing: Packing) -> PackedLinear | None:
+    """The head, which no base has quantised; None where it is used as it is, because memory counts more than speed."""
+    return pack_numbers([head]) if packing in (pack_numbers, pack_integers) else None
