@@ -102,7 +102,7 @@ def test_a_run_is_proved_again_in_another_way_and_never_trained_in_another(done:
     with pytest.raises(InputError, match="only keys of prove and runtime"):
         tunesmith.prove(done.folder, overrides=["data.system=Another."])
     report = tunesmith.prove(done.folder, overrides=["prove.contenders=[tuned]"])
-    assert [each.name for each in report.contenders] == ["tuned"]
+    assert [each.name for each in report.results] == ["tuned"]
     tunesmith.prove(done.folder)
     assert len(read_json(done.report)["contenders"]) == 3
 
