@@ -24,7 +24,7 @@ from tunesmith.tree.heads import LOGITS_AT_ONCE
 from tunesmith.tree.layout import build_tree
 from tunesmith.types import TokenizedExample
 
-LARGEST_BUDGET = 1280  # tokens computed at a time, a longer row aside: beyond that products get no faster
+LARGEST_BUDGET = 2048  # tokens computed at a time, a longer row aside: beyond that products get no faster
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
 AUTO_SHARE = 0.8  # of the memory that is free
