@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from tunesmith.disk import flush
 from tunesmith.errors import InputError
 from tunesmith.models.fetch import readable_size, sha256_of, writing
 from tunesmith.models.folders import FORMAT, MANIFEST, remember_hash
@@ -143,18 +144,10 @@ def _write_manifest(folder: Path, source: dict[str, str]) -> dict[str, str]:
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors creates its files for the owner alone
-        _sync(path)
+        flush(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"format": FORMAT, "source": source, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    flush(folder / MANIFEST)
+    flush(folder)
     return {name: facts["sha256"] for name, facts in files.items()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
