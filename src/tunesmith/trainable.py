@@ -85,7 +85,7 @@ def make_trainable(ready: Prepared, reporter: Reporter, before: Started | None =
     if together > 1 and not abilities.share:
         raise InputError(f"{abilities.reason}, and objective {ready.recipe.objective.kind} needs two at a time")
     kept = None if before is None else _kept_limit(ready, body, parameters, before)
-    if before is not None and kept is not None:
+    if all(parallel.gather(kept is not None)) and before is not None and kept is not None:
         return Trainable(lora, adapter, body, parameters, before.layout, kept, save, abilities)
     limit = memory_limit(ready.recipe.runtime.memory_limit)
     limit //= parallel.local_size()
@@ -133,9 +133,9 @@ def _kept_limit(ready: Prepared, body: Body, parameters: Mapping[str, nn.Paramet
     if before.layout.sharded or before.layout.workers != parallel.size():
         return None
     setting = ready.recipe.runtime.memory_limit
-    limit = memory_limit(setting, share=1.0)
+    limit = memory_limit(setting, share=1.0) // parallel.local_size()
     if setting != "auto" and limit >= before.memory_limit:
-        limit = memory_limit("auto", share=1.0)
+        limit = memory_limit("auto", share=1.0) // parallel.local_size()
     return limit if fits_again(body, parameters, step_plan(ready, before.layout, ready.train.examples), limit) else None
 
 
