@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from small_jobs import make_job
-from tunesmith import fitting, train, trainable, watch
+from stopped import stopped_after
+from tunesmith import fitting, train, trainable
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
@@ -45,17 +46,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(scope="module")
 def half(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """A run that was stopped after three of its six steps, and the bytes it should end with."""
-    place, record = tmp_path_factory.mktemp("runs"), watch.Watch._step
+    place = tmp_path_factory.mktemp("runs")
     whole = (train(recipe, place / "whole").adapter / WEIGHTS).read_bytes()
 
-    def stop_after_three(self: watch.Watch, metrics) -> None:
-        record(self, metrics)
-        self._asked_to_stop = metrics.step == 3
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch.Watch, "_step", stop_after_three)
-        with pytest.raises(InterruptedRun):
-            train(recipe, place / "half")
+    with stopped_after(3), pytest.raises(InterruptedRun):
+        train(recipe, place / "half")
     return place / "half", whole
 
 

@@ -25,6 +25,7 @@ from tunesmith.chat.renderer import Renderer
 from tunesmith.data.parts import asked_turns
 from tunesmith.data.tokenize import render
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.opening import engine_over
 from tunesmith.engine.request import Request
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.models.loading import LoadedBase, load_base
@@ -270,15 +271,7 @@ def _serve(base: LoadedBase, lora: LoraModel, folder: Path, adapter: str | None)
         base = load_base(str(folder), dtype=_dtype(base), device=base.device.type)
         lora = LoraModel(base.model, Routing())
     renderer = Renderer.from_tokenizer(base.tokenizer, stop_ids=base.stop_ids)
-    engine = Engine.over(
-        lora,
-        renderer,
-        context_length=base.context_length,
-        tokenizer=base.tokenizer,
-        name=base.name,
-        memory_limit=MEMORY,
-        packed=True,
-    )
+    engine = engine_over(base, lora, renderer, memory_limit=MEMORY, packed=True)
     if adapter is None:
         return _Served(base, renderer, engine, None)
     engine.add_adapter(SERVED, folder, pinned=True)  # read now: broken weights are refused, not asked

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.data.items import items
 from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
-from tunesmith.engine.opening import AnyEngine, open_engine
+from tunesmith.engine.opening import AnyEngine, engine_over, open_engine
 from tunesmith.errors import InputError
 from tunesmith.models.folders import file_hash, weights_hash
 from tunesmith.models.lora import LoraModel
@@ -100,14 +100,7 @@ def sample_scorer(ready: Prepared, lora: LoraModel, adapter: str | None, rows: i
     scorer, base = _main_scorer(ready), ready.base
     if scorer is None:
         return None
-    engine = Engine.over(
-        lora,
-        ready.renderer,
-        context_length=base.context_length,
-        tokenizer=base.tokenizer,
-        name=base.name,
-        memory_limit=SAMPLE_MEMORY,
-    )
+    engine = engine_over(base, lora, ready.renderer, memory_limit=SAMPLE_MEMORY)
     budget = answer_budget(ready.recipe, _with_answer(ready.split.train), ready.renderer)
     sample = sample_items(_with_answer(ready.split.held_out), rows)
     return SampleScorer(scorer.name, sample, budget, scorer, lora, Weights(engine, adapter))

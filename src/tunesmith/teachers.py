@@ -15,6 +15,7 @@ from tunesmith.chat.renderer import Renderer
 from tunesmith.data.batches import Layout
 from tunesmith.data.prompts import read_prompt
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.opening import engine_over
 from tunesmith.errors import InputError
 from tunesmith.models.folders import file_hash
 from tunesmith.models.loading import LoadedBase, load_base
@@ -90,15 +91,7 @@ def base_itself(recipe: Recipe, base: LoadedBase, renderer: Renderer, max_tokens
 
 def _engine(recipe: Recipe, base: LoadedBase, renderer: Renderer, lora: LoraModel) -> Engine:
     limit = None if recipe.runtime.memory_limit == "auto" else memory_limit(recipe.runtime.memory_limit) // 8
-    return Engine.over(
-        lora,
-        renderer,
-        context_length=base.context_length,
-        tokenizer=base.tokenizer,
-        name=base.name,
-        memory_limit=limit,
-        packed=True,
-    )
+    return engine_over(base, lora, renderer, memory_limit=limit, packed=True)
 
 
 def _likeliest(

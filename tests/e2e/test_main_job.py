@@ -10,11 +10,11 @@ import torch
 
 import tunesmith
 from contract import ITEM_FIELDS
+from stopped import stopped_after
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.models.loading import load_base
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_json, read_metrics
-from tunesmith.watch import Watch
 
 pytestmark = pytest.mark.base
 COLOURS = ("red", "green", "blue", "white")
@@ -123,20 +123,10 @@ def test_peft_finds_the_logits_that_were_trained(done: Run, base: Path) -> None:
     assert ours != pytest.approx(plain, abs=1e-2)
 
 
-def test_the_same_recipe_gives_the_same_bytes_also_when_interrupted(
-    recipe: Recipe, done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_recipe_gives_the_same_bytes_also_when_interrupted(recipe: Recipe, done: Run, tmp_path: Path) -> None:
     """Stopped after two steps and resumed, the adapter is byte for byte that of the run that went through."""
-    record = Watch._step
-
-    def stop_after_two(self: Watch, metrics: object) -> None:
-        record(self, metrics)  # type: ignore[arg-type]
-        self._asked_to_stop = metrics.step == 2  # type: ignore[attr-defined]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "_step", stop_after_two)
-        with pytest.raises(InterruptedRun, match="--resume"):
-            tunesmith.train(recipe, tmp_path / "job")
+    with stopped_after(2), pytest.raises(InterruptedRun, match="--resume"):
+        tunesmith.train(recipe, tmp_path / "job")
     again = tunesmith.train(recipe, tmp_path / "job", resume=True)
     weights = "adapter_model.safetensors"
     assert (again.adapter / weights).read_bytes() == (done.adapter / weights).read_bytes()

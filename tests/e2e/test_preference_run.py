@@ -10,10 +10,10 @@ import pytest
 
 import tiny_llama
 import tunesmith
+from stopped import stopped_after
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_json, read_metrics
-from tunesmith.watch import Watch
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
@@ -68,21 +68,11 @@ def test_a_preference_run_is_measured_and_proved(done: Run) -> None:
     assert report["contenders"][0]["scores"][report["scorer"]]["n"] > 0  # held-out items expect the chosen answer
 
 
-def test_interrupted_and_resumed_it_ends_in_the_same_bytes(
-    folder: Path, done: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_and_resumed_it_ends_in_the_same_bytes(folder: Path, done: Run) -> None:
     """The reference is the one of before the first step, also when the run is resumed."""
-    record = Watch._step
-
-    def stop_after_three(self: Watch, metrics: object) -> None:
-        record(self, metrics)  # type: ignore[arg-type]
-        self._asked_to_stop = metrics.step == 3  # type: ignore[attr-defined]
-
     for name, lose_columns in (("kept", False), ("lost", True)):
-        with monkeypatch.context() as patch:
-            patch.setattr(Watch, "_step", stop_after_three)
-            with pytest.raises(InterruptedRun, match="--resume"):
-                tunesmith.train(recipe(folder, "dpo"), folder / name)
+        with stopped_after(3), pytest.raises(InterruptedRun, match="--resume"):
+            tunesmith.train(recipe(folder, "dpo"), folder / name)
         if lose_columns:
             Run(folder / name).columns.unlink()
         again = tunesmith.train(recipe(folder, "dpo"), folder / name, resume=True)

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny_llama
 import tunesmith
+from stopped import stopped_after
 from tunesmith import pipeline
 from tunesmith.errors import InputError, InterruptedRun
 from tunesmith.progress import Reporter
@@ -25,7 +26,6 @@ from tunesmith.recipe import Recipe
 from tunesmith.replay import PROMPTS
 from tunesmith.store.runs import Run, read_json, read_metrics
 from tunesmith.teaching import TRIED
-from tunesmith.watch import Watch
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
@@ -115,19 +115,9 @@ def test_a_prompt_is_compressed_from_inputs_alone_and_proved(done: Run) -> None:
     assert tunesmith.prove(done.folder, from_items=True).to_json() == report
 
 
-def test_interrupted_and_resumed_nothing_is_asked_twice_and_it_ends_in_the_same_bytes(
-    folder: Path, done: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = Watch._step
-
-    def stop_after_three(self: Watch, metrics: object) -> None:
-        record(self, metrics)  # type: ignore[arg-type]
-        self._asked_to_stop = metrics.step == 3  # type: ignore[attr-defined]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "_step", stop_after_three)
-        with pytest.raises(InterruptedRun, match="--resume"):
-            tunesmith.train(recipe(folder, COMPRESS), folder / "again")
+def test_interrupted_and_resumed_nothing_is_asked_twice_and_it_ends_in_the_same_bytes(folder: Path, done: Run) -> None:
+    with stopped_after(3), pytest.raises(InterruptedRun, match="--resume"):
+        tunesmith.train(recipe(folder, COMPRESS), folder / "again")
     asked = Run(folder / "again").replies.read_bytes()
     again = tunesmith.train(recipe(folder, COMPRESS), folder / "again", resume=True)
     assert again.replies.read_bytes() == asked

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import tiny_llama
 import tunesmith
 from decoders import example, worst_error
+from stopped import stopped_after
 from tunesmith import workers
 from tunesmith.data.batches import Layout, make_step
 from tunesmith.errors import InputError, InterruptedRun, RefusedError, TunesmithError
@@ -172,21 +173,9 @@ def test_a_killed_worker_ends_the_run_with_one_sentence_and_one_alone_resumes_it
 
     steps = read_metrics(run)[-1]["step"] // 20 * 20 + 5
     shorter = Recipe.load(run.recipe, ["runtime.workers=1"])
-    with pytest.MonkeyPatch.context() as patch:
-        from tunesmith import fitting
-
-        stop_at = steps
-
-        class Stopping(fitting.Watch):
-            def _step(self, metrics):
-                super()._step(metrics)
-                self._asked_to_stop = metrics.step == stop_at
-
-        patch.setattr(fitting, "Watch", Stopping)
-        with pytest.raises(InterruptedRun):
-            tunesmith.train(shorter, run.folder, resume=True)
-        with pytest.raises(InterruptedRun):
-            tunesmith.train(shorter, tmp_path / "alone")
+    for place, resume in ((run.folder, True), (tmp_path / "alone", False)):
+        with stopped_after(steps), pytest.raises(InterruptedRun):
+            tunesmith.train(shorter, place, resume=resume)
     team, alone = read_metrics(run), read_metrics(Run(tmp_path / "alone"))
     assert [row["step"] for row in team] == [row["step"] for row in alone] == list(range(1, steps + 1))
     for ours, theirs in zip(team, alone, strict=True):

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tunesmith.chat.renderer import Renderer
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.vllm import VllmEngine
 from tunesmith.errors import InputError
+from tunesmith.models.loading import LoadedBase
+from tunesmith.models.lora import LoraModel
 from tunesmith.recipe import Quantize
 
 AnyEngine = Engine | VllmEngine
@@ -34,3 +37,15 @@ def open_engine(
     for name, folder in (adapters or {}).items():
         engine.add_adapter(name, folder)
     return engine
+
+
+def engine_over(base: LoadedBase, lora: LoraModel, renderer: Renderer, **settings: Any) -> Engine:
+    """The own engine over a base that is in memory already, with the adapters it carries; `settings` of Engine.over."""
+    return Engine.over(
+        lora,
+        renderer,
+        context_length=base.context_length,
+        tokenizer=base.tokenizer,
+        name=base.name,
+        **settings,
+    )
