@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def one_by_one(model: tf.PreTrainedModel, rows: Sequence[TokenizedExample]) -> T
     """The weighted negative log-likelihood, each row by itself, by ordinary mathematics."""
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:
-        tree = build_tree([row])
+        tree = build_tree([replace(row, weights=np.zeros_like(row.weights))])  # all of its tokens
         hidden = run_body(
             model, torch.as_tensor(tree.input_ids), torch.as_tensor(tree.position_ids), DenseContext(tree)
         )

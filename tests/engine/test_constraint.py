@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 
 import jsonschema
@@ -73,6 +74,32 @@ def test_forced_tokens_are_not_sampled_but_are_there_unless_logprobs_are_wanted(
     assert skipped.text == chosen.text == "the only answer"
     assert len(chosen.logprobs) == len(chosen.ids)
     assert chosen.logprobs == pytest.approx(engine().logprobs(engine().renderer.completion_prompt_ids("x"), chosen.ids))
+
+
+def test_an_answer_that_a_grammar_would_leave_as_it_is_is_known_without_asking() -> None:
+    """Whatever was answered freely: where the grammar keeps it, the constrained answer is the same, else another."""
+    kept = []
+    for prompt in ("abc", "x", "Say: ", "1 2 3"):
+        for length in (3, 9):
+            free = Request(prompt=prompt, max_tokens=length, ignore_stop=True)
+            said = engine().generate([free])[0]
+            for pattern in (r"(?s).{1,40}", r"(?s).{4}", r"(?s).{9}.*", re.escape(said.text), re.escape(said.text) + "!", "[a-c]{3}"):
+                held = replace(free, regex=pattern)
+                answer = engine().generate([held])[0]
+                keeps = engine().keeps(held, said.ids)
+                assert not keeps or answer.text == said.text, (prompt, pattern)
+                kept.append(keeps)
+    assert 8 <= sum(kept) <= len(kept) - 16
+
+
+def test_an_answer_that_stops_is_kept_only_where_the_grammar_may_end() -> None:
+    ids = engine().renderer.completion_prompt_ids("aa")[-2:]
+    end = min(engine().renderer.stop_ids)
+    request = {"prompt": "x", "max_tokens": 9}
+    assert engine().keeps(Request(**request, regex="a{2,3}"), [*ids, end])
+    assert engine().keeps(Request(**request, regex="aa"), [*ids, end])
+    assert not engine().keeps(Request(**request, regex="a{3}"), [*ids, end])
+    assert not engine().keeps(Request(**request, regex="a"), [*ids, end])
 
 
 def test_constrained_and_free_answers_in_one_batch() -> None:

@@ -51,6 +51,9 @@ class FakeEngine:
                 progress(len(answers), len(requests))
         return answers
 
+    def keeps(self, request: Request, ids: Sequence[int]) -> bool:
+        return False
+
     def logprobs(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None) -> list[float]:
         return [-self.surprise.get(adapter, 1.0)] * len(answer_ids)
 

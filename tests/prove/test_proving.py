@@ -210,8 +210,8 @@ def test_without_weights_hashes_nothing_is_remembered(tmp_path):
 def test_a_contender_that_has_lost_stops_and_its_number_of_items_is_told(tmp_path):
     report = prove(tmp_path / "a", {"prompt": 0.0, "few_shot": 0.85, "retrieval": 0.0, "tuned": 0.95})
     items = {each.name: each.items for each in report.results}
-    assert items == {"prompt": 48, "few_shot": 120, "retrieval": 48, "tuned": 120}
-    assert report.result("prompt").scores["json_fields"].n == 48
+    assert items == {"prompt": 24, "few_shot": 120, "retrieval": 24, "tuned": 120}
+    assert report.result("prompt").scores["json_fields"].n == 24
     whole = prove(tmp_path / "b", {"prompt": 0.0, "tuned": 0.95}, stop_early=False)
     assert {each.items for each in whole.results} == {120}
 

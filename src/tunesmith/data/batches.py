@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.errors import InputError
-from tunesmith.tree.layout import TokenTree, build_tree, shared_lengths, sort_order
+from tunesmith.tree.layout import TokenTree, build_tree, inputs, shared_lengths, sort_order
 from tunesmith.types import TokenizedExample
 
 LANE_TOKENS = 128  # a micro-batch of fewer tokens is not cut for the sake of another lane
@@ -162,7 +162,7 @@ class StepPlan:
 
     def too_long(self) -> list[TokenizedExample]:
         """Examples longer than the budget: each is computed by itself, over the budget."""
-        return [example for example in self.examples if len(example.input_ids) > self.layout.token_budget]
+        return [example for example in self.examples if len(inputs(example)) > self.layout.token_budget]
 
 
 def make_step(index: int, epoch: float, examples: Sequence[TokenizedExample], layout: Layout) -> Step:
@@ -190,7 +190,7 @@ def divide(examples: Sequence[TokenizedExample], layout: Layout) -> list[list[in
         return [list(range(len(examples)))]
     firsts = sort_order(examples[::together]) if layout.share else range(len(examples) // together)
     order = [together * first + k for first in firsts for k in range(together)]
-    sizes = np.array([len(examples[i].input_ids) for i in order])
+    sizes = np.array([len(inputs(examples[i])) for i in order])
     if layout.share:
         shared = shared_lengths(examples, order)
         sizes[1:] -= shared[1:]
@@ -217,7 +217,7 @@ def plan_groups(examples: Sequence[TokenizedExample], layout: Layout) -> Iterato
     batch: list[int] = []
     for start in range(0, len(examples), layout.together):
         example = range(start, start + layout.together)
-        size = sum(len(examples[j].input_ids) for j in (*batch, *example))
+        size = sum(len(inputs(examples[j])) for j in (*batch, *example))
         if batch and (size > layout.token_budget or not layout.pack):
             yield _group(examples, batch, share=False)
             batch = []
@@ -243,7 +243,7 @@ class _Planner:
         firsts = sort_order(examples[:: self.together])
         self.order = [self.together * first + k for first in firsts for k in range(self.together)]
         self.shared = shared_lengths(examples, self.order)
-        self.lengths = np.array([len(examples[i].input_ids) for i in self.order])
+        self.lengths = np.array([len(inputs(examples[i])) for i in self.order])
 
     def groups(self) -> Iterator[Group]:
         return self._cut(0, len(self.order))
@@ -302,7 +302,7 @@ class _Planner:
             prefix = 0
         trees, used = [], []
         for chosen in members:
-            longer = [i for i in chosen if len(self.examples[i].input_ids) > prefix]
+            longer = [i for i in chosen if len(inputs(self.examples[i])) > prefix]
             if longer:
                 trees.append(build_tree([self.examples[i] for i in longer], prefix=prefix))
                 used.append(tuple(longer))

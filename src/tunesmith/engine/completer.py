@@ -113,6 +113,11 @@ class Completer:
         if len(ids) > self.limits.context_length:
             raise InputError(f"the {what} has {len(ids)} tokens, but the base takes {self.limits.context_length}")
 
+    def keeps(self, request: Request, ids: Sequence[int]) -> bool:
+        """See Engine.keeps."""
+        constraint = self.grammars.constraint(request)
+        return constraint is None or constraint.keeps(ids, self.renderer.stop_ids)
+
     def generations(self, request: Request, cache_key: object, caller: object) -> list[Generation]:
         """One for each of the `n` samples. Raises InputError."""
         check_request(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from llguidance import LLMatcher
@@ -63,6 +63,24 @@ class GrammarConstraint:
         allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
         allowed[: len(bias)] = bias != 0
         return allowed
+
+    def keeps(self, ids: Sequence[int], stop_ids: Container[int]) -> bool:
+        """Whether an answer chosen freely would be chosen under this constraint too; spends it.
+
+        Under greedy decoding that is so where no token of it is refused and none that is forced is another.
+        """
+        forced: list[int] = []
+        for token in ids:
+            if forced:
+                if token != forced.pop(0):
+                    return False
+            elif token in stop_ids:
+                return self.finished or bool(self.allowed()[token])
+            elif self.finished or not self.allowed()[token]:
+                return False
+            self.accept(token)
+            forced = forced or self.forced()
+        return not forced
 
     def accept(self, token: int) -> None:
         """The answer goes on with `token`. Raises InputError where the grammar became too complex to follow."""

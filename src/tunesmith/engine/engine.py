@@ -135,6 +135,10 @@ class Engine:
                 progress(len(answers), len(requests))
         return [answers[index] for index in range(len(requests))]
 
+    def keeps(self, request: Request, ids: Sequence[int]) -> bool:
+        """Whether the request's grammar would leave a greedy answer chosen without it as it is. Raises InputError."""
+        return self._completer.keeps(request, ids)
+
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer one request piece by piece; leaving the loop cancels it. Raises InputError."""
         self._begin()

@@ -84,6 +84,10 @@ class VllmEngine:
                     progress(len(answers), len(requests))
         return answers
 
+    def keeps(self, request: Request, ids: Sequence[int]) -> bool:
+        """Never known: the server's grammars are its own."""
+        return False
+
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer one request piece by piece; leaving the loop closes the connection, and the server stops."""
         yield from self._deltas(request, self._body(request))

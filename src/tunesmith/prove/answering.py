@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,6 +47,7 @@ class Reply:
     output_tokens: int
     seconds: float
     error: str | None = None
+    ids: tuple[int, ...] = ()  # the tokens as they were generated, where they are known
 
 
 def failed(error: str, prompt_tokens: int = 0) -> Reply:
@@ -59,6 +60,10 @@ class Model(Protocol):
 
     def fingerprint(self, prompt: Prompt) -> str | None:
         """Names everything the reply depends on; None where that isn't known and nothing may be remembered."""
+        ...
+
+    def implied(self, prompt: Prompt, known: Mapping[str, Reply]) -> Reply | None:
+        """The reply, where it follows from what another model replied; `known` is by fingerprint."""
         ...
 
     def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
@@ -76,6 +81,10 @@ class AnsweringEngine(Protocol):
     def context_length(self) -> int: ...
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Answer]: ...
+
+    def keeps(self, request: Request, ids: Sequence[int]) -> bool:
+        """Whether the request's grammar would leave an answer chosen without it as it is, token for token."""
+        ...
 
     def logprobs(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str | None = None
@@ -124,6 +133,15 @@ class EngineModel:
             return None
         return _sha256([self.weights.hash, self.prompt_ids(prompt), self.max_tokens, self.schema])
 
+    def implied(self, prompt: Prompt, known: Mapping[str, Reply]) -> Reply | None:
+        """The reply without the schema, where the schema would not have changed a token of it."""
+        if self.schema is None:
+            return None
+        reply = known.get(replace(self, schema=None).fingerprint(prompt) or "")
+        if reply is None or not reply.ids:
+            return None
+        return reply if self.weights.engine.keeps(self._request(prompt, self.max_tokens), reply.ids) else None
+
     def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
         """One greedy reply a prompt. A prompt that leaves no room for an answer fails by itself, not the batch."""
         replies: dict[int, Reply] = {}
@@ -142,7 +160,12 @@ class EngineModel:
             seconds = (time.perf_counter() - began) / len(requests)
             for place, answer in zip(requests, answers, strict=True):
                 replies[place] = Reply(
-                    _storable(answer.text), answer.finish_reason, answer.prompt_tokens, len(answer.ids), seconds
+                    output=_storable(answer.text),
+                    finish_reason=answer.finish_reason,
+                    prompt_tokens=answer.prompt_tokens,
+                    output_tokens=len(answer.ids),
+                    seconds=seconds,
+                    ids=tuple(answer.ids),
                 )
         return [replies[place] for place in range(len(prompts))]
 
@@ -165,7 +188,7 @@ class ReplyCache:
     def answer(self, model: Model, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
         """Replies from memory where the model has answered the same before, and from the model where not."""
         keys = [model.fingerprint(prompt) for prompt in prompts]
-        replies = [self._replies.get(key) if key is not None else None for key in keys]
+        replies = [self._known(model, *asked) for asked in zip(prompts, keys, strict=True)]
         unanswered = [place for place, reply in enumerate(replies) if reply is None]
         if unanswered:
             known = len(prompts) - len(unanswered)
@@ -175,6 +198,11 @@ class ReplyCache:
                 replies[place] = reply
             self._remember({keys[place]: replies[place] for place in unanswered})
         return [reply for reply in replies if reply is not None]
+
+    def _known(self, model: Model, prompt: Prompt, key: str | None) -> Reply | None:
+        if key is None:
+            return None
+        return self._replies.get(key) or model.implied(prompt, self._replies)
 
     def _remember(self, fresh: dict[str | None, Reply | None]) -> None:
         kept = {key: reply for key, reply in fresh.items() if key is not None and reply is not None and not reply.error}
@@ -197,7 +225,7 @@ class ReplyCache:
                 try:
                     entry = json.loads(line)
                     key = entry.pop("key")
-                    self._replies[key] = Reply(**entry)
+                    self._replies[key] = Reply(**{**entry, "ids": tuple(entry.get("ids", ()))})
                 except (ValueError, KeyError, TypeError):
                     continue
         if whole < path.stat().st_size:  # or the next line would be glued to the torn one

@@ -8,7 +8,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,10 @@ class Endpoint:
     def fingerprint(self, prompt: Prompt) -> str | None:
         """The model, where it lives, and all it is asked."""
         return "endpoint " + canonical([self.name, _messages(prompt), list(prompt.tools), self.max_tokens])
+
+    def implied(self, prompt: Prompt, known: Mapping[str, Reply]) -> Reply | None:
+        """Never: what a server does with a prompt is its own affair."""
+        return None
 
     def answer(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> list[Reply]:
         """One reply a prompt, a few at a time. Raises InputError where TUNESMITH_OFFLINE forbids asking."""

@@ -18,10 +18,10 @@ from tunesmith.prove.task import question
 from tunesmith.types import Item
 
 AT_ONCE = 96  # items in one call of the engine; rows are written after each
-FIRST_LOOK = 48  # then after 72, 108, 162, ...: half as many again
+FIRST_LOOK = 24  # then after 36, 54, 81, ...: half as many again
 DECIDED_BY = 0.10
 SHOWN_INPUT = 4000  # characters of a question kept in items.jsonl, for the page
-DECIDED_Z = 3.29  # two-sided 99.9%, so that looking several times keeps the error of stopping under 1%
+DECIDED_CONFIDENCE = 0.999  # two-sided, so that looking several times keeps the error of stopping under 1%
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ def run_ladder(
 ) -> list[Row]:
     """Every contender's rows, contenders in the given order, items in the order of the file.
 
-    `reference` (the tuned model) answers first and always in full. Another contender stops after 48, 72, 108, ...
+    `reference` (the tuned model) answers first and always in full. Another contender stops after 24, 36, 54, ...
     items where its difference from the reference on the main scorer, on the same items, is below -10 points by its
-    99.9% interval: it has lost, and more items would only say by how much. Items are taken in an order shuffled by
+    99.9% interval (Student's t): it has lost, and more items would only say by how much. Items are taken in an order shuffled by
     their ids, the same for all, so that what was answered is a fair sample.
     """
     reporter = reporter or Reporter()
@@ -78,10 +78,13 @@ def lost(rows: Sequence[Row], reference: Sequence[Row], scorer: str) -> bool:
         if mine is not None and theirs is not None:
             differences.append(mine - theirs)
             groups.append(row.group)
-    if len(set(groups)) < FIRST_LOOK // 2:
+    clusters = len(set(groups))
+    if clusters < FIRST_LOOK // 2:
         return False
-    mean = sum(differences) / len(differences)
-    return mean + DECIDED_Z * standard_error(differences, groups) < -DECIDED_BY
+    from scipy import stats
+
+    mean, quantile = sum(differences) / len(differences), stats.t.ppf((1 + DECIDED_CONFIDENCE) / 2, clusters - 1)
+    return mean + quantile * standard_error(differences, groups) < -DECIDED_BY
 
 
 def _run(

@@ -21,7 +21,7 @@ from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import Loss
 from tunesmith.train.sharding import ShardedBody
 from tunesmith.tree.heads import LOGITS_AT_ONCE
-from tunesmith.tree.layout import build_tree
+from tunesmith.tree.layout import build_tree, inputs
 from tunesmith.types import TokenizedExample
 
 LARGEST_BUDGET = 2048  # tokens computed at a time, a longer row aside: beyond that products get no faster
@@ -110,7 +110,7 @@ def fits_again(body: Body, parameters: Mapping[str, nn.Parameter], steps: StepPl
 def _longest(rows: Sequence[TokenizedExample], together: int, *, share: bool) -> int:
     """The most tokens that the sequences of one example take."""
     if together == 1:
-        return max(len(row.input_ids) for row in rows)
+        return max(len(inputs(row)) for row in rows)
     examples = (rows[i : i + together] for i in range(0, len(rows), together))
     return max(build_tree(example, share=share).tokens for example in examples)
 

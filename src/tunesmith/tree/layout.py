@@ -1,12 +1,13 @@
 """The token tree: sequences that begin alike, laid out so that every distinct token is written once.
 
-    A = S S S u u a a      B = S S S v v b          S = shared, u/v = user, a/b = answer
+    A = S S S u u a a e    B = S S S v v b e        S = shared, u/v = user, a/b = answer, e = its end
 
     index        0  1  2   3 4 5 6   7  8  9
     token        S  S  S   u u a a   v  v  b
     position     0  1  2   3 4 5 6   3  4  5        depth in the trie
     subtree_end  10 10 10  7 7 7 7   10 10 10       one past the last token that may look back at this one
 
+The last token of an answer is only ever a target: what follows the last token whose output is wanted is not computed.
 Token q may look at token k exactly when `k <= q < subtree_end[k]`. Causal attention never shows a prefix what follows,
 so its activations are the same in every sequence and its gradient is the sum over them: nothing is approximated.
 Plain packing is the tree in which nothing is shared.
@@ -57,16 +58,22 @@ class TokenTree:
         return len(self.input_ids)
 
 
+def inputs(example: TokenizedExample) -> npt.NDArray[np.int32]:
+    """The tokens the model has to read: those before the last supervised one; all of them where none is."""
+    supervised = np.flatnonzero(example.weights)
+    return example.input_ids[: supervised[-1]] if len(supervised) else example.input_ids
+
+
 def sort_order(examples: Sequence[TokenizedExample]) -> list[int]:
-    """Indices that sort the sequences by their ids, so that those which begin alike are neighbours. Stable."""
-    return sorted(range(len(examples)), key=lambda i: examples[i].input_ids.astype(">u4").tobytes())
+    """Indices that sort the sequences by their inputs, so that those which begin alike are neighbours. Stable."""
+    return sorted(range(len(examples)), key=lambda i: inputs(examples[i]).astype(">u4").tobytes())
 
 
 def shared_lengths(examples: Sequence[TokenizedExample], order: Sequence[int]) -> Ints:
-    """For each sequence in `order`, how many leading tokens it shares with the one before it (0 for the first)."""
+    """For each sequence in `order`, how many of its inputs it shares with the one before it (0 for the first)."""
     shared = np.zeros(len(order), dtype=np.int64)
     for i in range(1, len(order)):
-        before, here = examples[order[i - 1]].input_ids, examples[order[i]].input_ids
+        before, here = inputs(examples[order[i - 1]]), inputs(examples[order[i]])
         length = min(len(before), len(here))
         differs = np.flatnonzero(before[:length] != here[:length])
         shared[i] = differs[0] if len(differs) else length
@@ -108,11 +115,12 @@ class _Layout:
         self.links: list[tuple[Ints, Ints, Ints, Ints, Floats]] = []  # sequence, token, row, target, weight
 
     def add(self, sequence: int, example: TokenizedExample, shared: int) -> None:
-        keep, length = shared - self.prefix, len(example.input_ids)
+        read = inputs(example)
+        keep, length = shared - self.prefix, len(read)
         self.closed.append((self.path[keep:], self.size))
         self.path = np.concatenate((self.path[:keep], np.arange(self.size, self.size + length - shared)))
         self.size += length - shared
-        self.ids.append(example.input_ids[shared:].astype(np.int64))
+        self.ids.append(read[shared:].astype(np.int64))
         self.positions.append(np.arange(shared, length))
         token = np.flatnonzero(example.weights)
         if len(token):
