@@ -78,12 +78,13 @@ def test_forced_tokens_are_not_sampled_but_are_there_unless_logprobs_are_wanted(
 
 def test_an_answer_that_a_grammar_would_leave_as_it_is_is_known_without_asking() -> None:
     """Whatever was answered freely: where the grammar keeps it, the constrained answer is the same, else another."""
+    letters = engine().renderer.completion_prompt_ids("abcdefgh")[-8:]  # what it would say is no text otherwise
     kept = []
     for prompt in ("abc", "x", "Say: ", "1 2 3"):
         for length in (3, 9):
-            free = Request(prompt=prompt, max_tokens=length, ignore_stop=True)
+            free = Request(prompt=prompt, max_tokens=length, logit_bias=dict.fromkeys(letters, 50.0))
             said = engine().generate([free])[0]
-            for pattern in (r"(?s).{1,40}", r"(?s).{4}", r"(?s).{9}.*", re.escape(said.text), re.escape(said.text) + "!", "[a-c]{3}"):
+            for pattern in (".{1,40}", ".{4}", ".{9}.*", said.text, said.text + "!", "[a-c]{3}", said.text[0] + ".*"):
                 held = replace(free, regex=pattern)
                 answer = engine().generate([held])[0]
                 keeps = engine().keeps(held, said.ids)

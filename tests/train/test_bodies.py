@@ -14,6 +14,7 @@ from tunesmith.train.forward import ModuleBody
 from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import sft
 from tunesmith.tree.body import prepare
+from tunesmith.tree.layout import inputs
 
 ROWS = make_rows(prompt=70)
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "phi3")
@@ -126,17 +127,24 @@ def test_evaluation_keeps_nothing():
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_packed_weights_compute_the_same(name, targets):
+def test_packed_weights_round_no_worse_than_the_modules(name, targets):
+    """Beside the same model in double precision: in single, this one's modules are off by up to 1e-4 themselves."""
     model = make_decoder(name, torch.float32)
     lora = adapted(model, TARGETS[targets])
     parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
-    expected, _ = accumulate(ModuleBody(model), make_step(0, 1.0, ROWS, Layout(1000)), sft)
-    wanted = gradients(parameters)
     fused.pack()
-    for layout in (Layout(1000), Layout(90), Layout(1000, lanes=2)):
-        total, _ = accumulate(fused, make_step(0, 1.0, ROWS, layout), sft)
+    steps = [make_step(0, 1.0, ROWS, layout) for layout in (Layout(1000), Layout(90), Layout(1000, lanes=2))]
+
+    def computed(body, step):
+        total, _ = accumulate(body, step, sft)
+        return total, gradients(parameters)
+
+    pairs = [(computed(ModuleBody(model), step), computed(fused, step)) for step in steps]
+    model.double()
+    expected, wanted = computed(ModuleBody(model), steps[0])
+    for (_, by_modules), (total, by_packed) in pairs:
         assert total == pytest.approx(expected, rel=1e-5)
-        assert worst_error(wanted, gradients(parameters)) < 1e-4
+        assert worst_error(wanted, by_packed) < 3 * worst_error(wanted, by_modules) < 6e-4
 
 
 def test_packing_takes_what_it_says_and_only_where_there_is_memory():
@@ -152,7 +160,7 @@ def test_a_row_longer_than_is_computed_at_a_time_is_not_said_to_be_too_large(mon
     model = make_decoder("llama", torch.float32)
     lora = adapted(model)
     parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
-    longest = max(len(row.input_ids) for row in ROWS)
+    longest = max(len(inputs(row)) for row in ROWS)
     monkeypatch.setitem(choose_layout.__globals__, "LARGEST_BUDGET", longest - 1)
     layout = choose_layout(fused, parameters, ROWS, 10**12, share=True, pack=True)
     assert layout is not None
