@@ -49,8 +49,8 @@ def run_ladder(
 
     `reference` (the tuned model) answers first and always in full. Another contender stops after 24, 36, 54, ...
     items where its difference from the reference on the main scorer, on the same items, is below -10 points by its
-    99.9% interval (Student's t): it has lost, and more items would only say by how much. Items are taken in an order shuffled by
-    their ids, the same for all, so that what was answered is a fair sample.
+    99.9% interval (Student's t): it has lost, and more items would only say by how much. Items are taken in an order
+    shuffled by their ids, the same for all, so that what was answered is a fair sample.
     """
     reporter = reporter or Reporter()
     answered: dict[str, list[Row]] = {}
