@@ -121,6 +121,20 @@ def test_a_model_that_lost_its_general_behaviour_is_held(tmp_path):
     assert report.retention["kept"] is False
 
 
+def test_thoughts_before_an_answer_are_not_scored(tmp_path):
+    """Neither a base's own nor those that rows were written with; the answer's length counts them."""
+    plain = engine({"prompt": 0.4, "few_shot": 0.4, "retrieval": 0.4, "tuned": 0.9})
+    thinks = FakeEngine(lambda *asked: f"<think>{{no}}</think>\n{plain.script(*asked)}")
+    report = prove(tmp_path / "a", fake=thinks, prove=Prove(contenders=CONTENDERS, max_new_tokens=99))
+    assert report.result("tuned").scores["json_fields"].mean > 0.85
+    thoughtful = [
+        chat_row(i, row.messages[0]["content"], f"<think>{'so ' * 50}</think>{row.messages[1]['content']}")
+        for i, row in enumerate(HELD_OUT)
+    ]
+    report = prove(tmp_path / "b", held_out=thoughtful, fake=plain)
+    assert report.result("tuned").scores["json_fields"].mean > 0.85
+
+
 def test_where_nobody_does_the_job_that_is_the_verdict(tmp_path):
     fake = FakeEngine(lambda adapter, question, request: "I do not know.")
     assert prove(tmp_path, fake=fake).verdict.decision == "hold"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.chat.parse import spoken
 from tunesmith.progress import Reporter
 from tunesmith.prove.answering import Progress, Reply, ReplyCache
 from tunesmith.prove.contender import Contender
@@ -144,7 +145,7 @@ def _row(contender: Contender, item: Item, reply: Reply, plan: Plan) -> Row:
         expected=item.expected,
         group=plan.groups[item.id],
         source=str(item.source),
-        label=plan.reader.read(reply.output) if plan.reader is not None else None,
+        label=plan.reader.read(spoken(reply.output)) if plan.reader is not None else None,
         slices=dict(plan.slices[item.id]),
         faults={"answer": reply.error, **scored.faults} if reply.error else scored.faults,
     )

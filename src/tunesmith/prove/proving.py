@@ -23,7 +23,7 @@ from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.prove.retention import PROMPTS, measure_retention
 from tunesmith.prove.rows import write_rows
 from tunesmith.prove.scorers import LabelReader, Scorer
-from tunesmith.prove.scoring import choose_scorers
+from tunesmith.prove.scoring import choose_scorers, without_reasoning
 from tunesmith.prove.slices import slice_items
 from tunesmith.prove.task import Task, detect_task
 from tunesmith.recipe import Compress, Recipe, is_endpoint
@@ -73,12 +73,13 @@ def prove_items(
     on where it was. Raises InputError for unknown contenders or scorers, and where there is nothing to prove on.
     """
     options, reporter = options or Options(), reporter or Reporter()
-    items, train_items = (_blank_as_none(items_of(rows)) for rows in (held_out, train))
+    items, train_items = (items_of(rows) for rows in (held_out, train))
     if not items:
         raise InputError("there are no held-out rows to prove on; set data.held_out to a fraction or a file")
+    max_tokens = answer_budget(recipe, train_items or items, voices.base.engine.renderer)
+    items, train_items = (_blank_as_none([*map(without_reasoning, each)]) for each in (items, train_items))
     task = detect_task([*train_items, *items], options.schema)
     cache = ReplyCache(Run(folder).replies)
-    max_tokens = answer_budget(recipe, train_items or items, voices.base.engine.renderer)
     ask = asker(voices, cache)
     scorers = choose_scorers(recipe.prove.scorers, task, ask=ask, grader_file=options.grader_file)
     objective = recipe.objective

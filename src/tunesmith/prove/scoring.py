@@ -6,10 +6,11 @@ import difflib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.chat.parse import spoken
 from tunesmith.errors import InputError
 from tunesmith.prove.graders import GRADERS, Ask, grader_scorer
 from tunesmith.prove.json_scorers import json_exact, json_fields, json_schema, json_valid
@@ -57,7 +58,8 @@ def needs_model(chosen: Chosen) -> bool:
 
 
 def score_answer(scorers: Sequence[Scorer], output: str, item: Item, *, failed: str | None = None) -> Scored:
-    """Score one answer. `failed`: why there is no answer; then every scorer gives 0."""
+    """Score one answer, what was thought before it aside. `failed`: why there is none; then every scorer gives 0."""
+    output, item = spoken(output), without_reasoning(item)
     scores: dict[str, float | None] = {}
     faults: dict[str, str] = {}
     for scorer in scorers:
@@ -68,6 +70,11 @@ def score_answer(scorers: Sequence[Scorer], output: str, item: Item, *, failed: 
         else:
             scores[scorer.name] = _safely(scorer, output, item, faults)
     return Scored(scores, faults)
+
+
+def without_reasoning(item: Item) -> Item:
+    """The item, the thoughts before its expected answer aside."""
+    return item if item.expected is None else replace(item, expected=spoken(item.expected))
 
 
 def python_grader(path: Path) -> Scorer:
