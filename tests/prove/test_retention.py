@@ -11,7 +11,7 @@ from fakes import FakeEngine
 from tunesmith.prove.answering import Weights
 from tunesmith.prove.retention import (
     DATA,
-    HIGHEST_DRIFT,
+    LOST_DRIFT,
     Measurements,
     measure_retention,
     repetition,
@@ -45,10 +45,17 @@ def test_drift_is_the_logprob_lost_on_the_bases_own_answers():
 
 
 def test_beyond_the_threshold_it_is_lost():
-    summary = summarise(measure(1.0 + 2 * HIGHEST_DRIFT)[0])
+    summary = summarise(measure(1.0 + 2 * LOST_DRIFT)[0])
     assert not summary["kept"]
     assert len(summary["reasons"]) == 2
-    assert "drift 3.00" in summary["reasons"][0]
+    assert "drift 6.00" in summary["reasons"][0]
+
+
+def test_what_moved_is_said_and_is_not_lost():
+    assert summarise(measure(1.3)[0])["moved"] == []
+    summary = summarise(measure(1.9)[0])
+    assert summary["kept"]
+    assert "perplexity of prose 2.46 times" in summary["moved"][0]
 
 
 def test_length_stops_and_loops_are_measured():

@@ -20,8 +20,9 @@ def pair(a, b, diff, low, high, p=0.001, n=145, effect=0.1):
 
 TUNED, PROMPT = result("tuned", "tuned", 0.8), result("prompt", "prompt", 0.5)
 CLEAR = pair("tuned", "prompt", 0.3, 0.2, 0.4)
-LOST = {"kept": False, "reasons": ["drift 3.00 nats a token, above 1.5"]}
-KEPT = {"kept": True, "reasons": []}
+LOST = {"kept": False, "reasons": ["drift 4.00 nats a token, above 3.0"]}
+MOVED = {"kept": True, "reasons": [], "moved": ["drift 2.00 nats a token, above 1.5"]}
+KEPT = {"kept": True, "reasons": [], "moved": []}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,8 @@ KEPT = {"kept": True, "reasons": []}
     [
         ([PROMPT, TUNED], [CLEAR], KEPT, "ship", "tuned", "by 30.0 points of accuracy (20.0 to 40.0, n = 145)"),
         ([PROMPT, TUNED], [CLEAR], None, "ship", "tuned", "beats the best alternative, prompt"),
-        ([PROMPT, TUNED], [CLEAR], LOST, "hold", None, "general behaviour was lost: drift 3.00"),
+        ([PROMPT, TUNED], [CLEAR], LOST, "hold", None, "general behaviour was lost: drift 4.00"),
+        ([PROMPT, TUNED], [CLEAR], MOVED, "ship", "tuned", "for this task alone: general behaviour moved (drift 2"),
         ([PROMPT, TUNED], [pair("tuned", "prompt", 0.3, 0.2, 0.4, n=19)], KEPT, "too-few-items", None, "at least 20"),
         # a real gain too small to pay, a loss, and a difference too small to matter
         ([PROMPT, TUNED], [pair("tuned", "prompt", 0.015, 0.01, 0.02)], KEPT, "prompt", "prompt", "gains less than 5"),

@@ -66,9 +66,10 @@ def _retention(report: Report) -> str:
     if report.retention is None:
         return "General behaviour was not measured."
     kept = report.retention
+    what = "was lost" if not kept["kept"] else "moved" if kept["moved"] else "is kept"
     drift, ratio = kept["drift"], kept["perplexity"]["ratio"]
     return (
-        f"General behaviour {'is kept' if kept['kept'] else 'was lost'}: drift {drift['mean']:.3f} nats a token on "
+        f"General behaviour {what}: drift {drift['mean']:.3f} nats a token on "
         f"{kept['prompts']} general prompts, perplexity of prose {ratio['mean']:.2f} times the base's. "
         f"Answers that stop within 48 tokens: {points(kept['stop_rate']['base'])}% before, "
         f"{points(kept['stop_rate']['tuned'])}% after."

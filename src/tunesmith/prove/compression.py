@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.prove.measures import Paired, Result
-from tunesmith.prove.verdict import FEWEST_ITEMS, USEFUL, Verdict, find_pair, points, span, title
+from tunesmith.prove.verdict import FEWEST_ITEMS, USEFUL, Verdict, find_pair, lost, points, span, title
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,7 @@ class Compression:
                 "hold", f"{between}: {within} behind can't be ruled out; hold out more rows, or train longer", None
             )
         if retention is not None and not retention["kept"]:
-            return Verdict(
-                "hold", f"{between}, but general behaviour was lost: {'; '.join(retention['reasons'])}", None
-            )
+            return Verdict("hold", f"{between}, but {lost(retention)}", None)
         return Verdict("ship", f"{between}: {self._standing(within)}, {self._savings()}", "tuned")
 
     def _standing(self, within: str) -> str:

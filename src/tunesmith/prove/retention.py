@@ -23,8 +23,9 @@ DATA = Path(__file__).parent / "data"
 PROMPTS = 24  # of the 200, spread over the topics
 ANSWER_TOKENS = 48
 PROSE_OPENING = 8  # tokens of a paragraph that are given, not predicted
-HIGHEST_DRIFT = 1.5  # nats a token: the tuned model finds the base's words 4.5 times less likely
-HIGHEST_PERPLEXITY_RATIO = 1.5
+# Tunes of one narrow task that do it well lie at 0.6 to 2.1 nats and 1.4 to 2.0 times (docs/LOG.md).
+MOVED_DRIFT, LOST_DRIFT = 1.5, 3.0  # nats a token: the base's words are 4.5 and 20 times less likely
+MOVED_RATIO, LOST_RATIO = 1.5, 3.0  # of perplexities
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +101,16 @@ def measure_retention(
 
 
 def summarise(measured: Measurements) -> dict[str, Any]:
-    """The report's `retention`: means with intervals, thresholds, and whether both were kept.
+    """The report's `retention`: means with intervals, thresholds, and what became of general behaviour.
 
-    Kept means that the interval of drift, and of the perplexity ratio, is not wholly above its threshold.
+    Moved or lost: the interval of drift, or of the perplexity ratio, lies wholly above the threshold of that name. Kept
+    means not lost; `reasons` say what was.
     """
     prompts, prose = measured.prompts, measured.prose
     drift = mean_interval([each.drift for each in prompts])
     log_ratio = mean_interval([each.tuned - each.base for each in prose])
     ratio = Interval(*_exponentiated(log_ratio), log_ratio.n)
-    reasons = []
-    if drift.ci[0] > HIGHEST_DRIFT:
-        reasons.append(f"drift {drift.mean:.2f} nats a token, above {HIGHEST_DRIFT}")
-    if ratio.ci[0] > HIGHEST_PERPLEXITY_RATIO:
-        reasons.append(f"perplexity of prose {ratio.mean:.2f} times the base's, above {HIGHEST_PERPLEXITY_RATIO}")
+    reasons = _above(drift, ratio, LOST_DRIFT, LOST_RATIO)
     tokens = sum(each.tokens for each in prose)
     return {
         "prompts": len(prompts),
@@ -126,10 +124,26 @@ def summarise(measured: Measurements) -> dict[str, Any]:
         "length": {which: _mean([getattr(each, f"{which}_tokens") for each in prompts]) for which in WHICH},
         "stop_rate": {which: _mean([getattr(each, f"{which}_stopped") for each in prompts]) for which in WHICH},
         "repetition": {which: _mean([getattr(each, f"{which}_repetition") for each in prompts]) for which in WHICH},
-        "thresholds": {"drift": HIGHEST_DRIFT, "perplexity_ratio": HIGHEST_PERPLEXITY_RATIO},
+        "thresholds": {
+            "drift": LOST_DRIFT,
+            "perplexity_ratio": LOST_RATIO,
+            "moved_drift": MOVED_DRIFT,
+            "moved_perplexity_ratio": MOVED_RATIO,
+        },
         "kept": not reasons,
         "reasons": reasons,
+        "moved": _above(drift, ratio, MOVED_DRIFT, MOVED_RATIO),
     }
+
+
+def _above(drift: Interval, ratio: Interval, highest_drift: float, highest_ratio: float) -> list[str]:
+    """What lies above its threshold by its whole interval, in words."""
+    found = []
+    if drift.ci[0] > highest_drift:
+        found.append(f"drift {drift.mean:.2f} nats a token, above {highest_drift}")
+    if ratio.ci[0] > highest_ratio:
+        found.append(f"perplexity of prose {ratio.mean:.2f} times the base's, above {highest_ratio}")
+    return found
 
 
 WHICH = ("base", "tuned")

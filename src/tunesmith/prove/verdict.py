@@ -130,10 +130,25 @@ def _better(
         if against is not None and against.ci[0] <= 0 and earlier.scores[scorer].mean >= tuned.scores[scorer].mean:
             return Verdict("hold", f"{gain}, but not the earlier {earlier.name} ({span(against)})", earlier.name)
     if retention is not None and not retention["kept"]:
-        return Verdict("hold", f"{gain}, but general behaviour was lost: {'; '.join(retention['reasons'])}", None)
-    kept = "; general behaviour is kept" if retention is not None else ""
+        return Verdict("hold", f"{gain}, but {lost(retention)}", None)
     leader = _endpoint_ahead(tuned, whole, pairs)
-    return Verdict("ship", f"{gain}{kept}{leader}", tuned.name)
+    return Verdict("ship", f"{gain}{leader}{_general(retention)}", tuned.name)
+
+
+def lost(retention: Mapping[str, Any]) -> str:
+    """That general behaviour was lost, and what keeps it."""
+    return (
+        f"general behaviour was lost: {'; '.join(retention['reasons'])}; a lower train.lr, fewer epochs or data.replay "
+        "keep more of it"
+    )
+
+
+def _general(retention: Mapping[str, Any] | None) -> str:
+    if retention is None:
+        return ""
+    if not retention["moved"]:
+        return "; general behaviour is kept"
+    return f"; use it for this task alone: general behaviour moved ({'; '.join(retention['moved'])})"
 
 
 def _endpoint_ahead(tuned: Result, whole: Sequence[Result], pairs: Sequence[Paired]) -> str:
