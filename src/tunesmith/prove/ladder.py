@@ -85,7 +85,7 @@ def lost(rows: Sequence[Row], reference: Sequence[Row], scorer: str) -> bool:
     from scipy import stats
 
     mean, quantile = sum(differences) / len(differences), stats.t.ppf((1 + DECIDED_CONFIDENCE) / 2, clusters - 1)
-    return mean + quantile * standard_error(differences, groups) < -DECIDED_BY
+    return bool(mean + quantile * standard_error(differences, groups) < -DECIDED_BY)
 
 
 def _run(
