@@ -222,7 +222,8 @@ def run(
 
 def _loss_sentence(run: Run) -> str:
     """What there is to say of texts, which ask nothing: `held-out loss 3.21 before training, 2.80 after ...`."""
-    losses = [row["held_out_loss"] for row in read_metrics(run) if "held_out_loss" in row]
+    rows = [row for row in read_metrics(run) if "held_out_loss" in row]
+    losses = [row.get("held_out_nll", row["held_out_loss"]) for row in rows]  # without what a leash to the base costs
     why = "texts ask nothing, so there are no answers to prove"
     if not losses:
         return why

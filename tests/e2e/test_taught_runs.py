@@ -171,10 +171,14 @@ def test_a_model_of_the_same_vocabulary_teaches_by_its_distributions(folder: Pat
         {"input": question(i), "output": "red"} for i in range(40, 48)
     ]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    objective = f"{{kind: distill, teacher: {done.folder}, kl_share: 0.8}}"
+    objective = f"{{kind: distill, teacher: {done.folder}, kl_share: 0.8, kl_to_base: 0.01}}"
     run = tunesmith.train(recipe(folder, objective, data="mixed.jsonl"), folder / "distilled")
     steps = [row for row in read_metrics(run) if "loss" in row]
-    assert steps[0]["loss"] == pytest.approx(0.8 * steps[0]["kl"] + 0.2 * steps[0]["nll"], rel=1e-6)
+    for each in steps:
+        parts = 0.8 * each["kl"] + 0.2 * each["nll"] + 0.01 * each["kl_to_base"]
+        assert each["loss"] == pytest.approx(parts, rel=1e-6)
+    assert steps[0]["kl_to_base"] == pytest.approx(0, abs=1e-5)
+    assert steps[-1]["kl_to_base"] > 0.1
     assert steps[-1]["kl"] < steps[0]["kl"]
     facts, *lessons = [json.loads(line) for line in run.lessons.read_text().splitlines()]
     assert facts["teacher"] == str(done.folder)
