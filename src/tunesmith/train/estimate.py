@@ -35,7 +35,10 @@ ADAMW_COPIES = 3  # gradient and two moments
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """`tokens` counts every example in full, `computed_tokens` what the model really runs."""
+    """`tokens` counts every example in full, `computed_tokens` what the model really runs, of all workers together.
+
+    Memory is that of one of `workers` processes, which have the machine's between them.
+    """
 
     steps: int
     tokens: int
@@ -47,6 +50,7 @@ class Estimate:
     token_budget: int  # of one micro-batch
     memory_limit: int  # bytes
     fits: bool
+    workers: int = 1
 
 
 def memory_limit(setting: str, share: float = AUTO_SHARE) -> int:
@@ -174,6 +178,7 @@ def estimate(
         token_budget=steps.layout.token_budget,
         memory_limit=limit,
         fits=peak <= limit,
+        workers=steps.layout.workers,
     )
 
 
