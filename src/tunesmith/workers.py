@@ -1,8 +1,8 @@
 """`runtime.workers: N`: one command becomes N processes, and ends as one.
 
 Each worker is `tunesmith train` (or `plan`) with torchrun's environment, so that what they do is what they do under
-torchrun. This process computes nothing: it relays what the first worker says, passes signals on, and where a worker ends
-with an error stops the others and raises that error as its own.
+torchrun. This process computes nothing: it relays what the first worker says, passes signals on, and where a worker
+ends with an error stops the others and raises that error as its own.
 """
 
 from __future__ import annotations

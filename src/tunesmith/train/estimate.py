@@ -28,6 +28,7 @@ LARGEST_BUDGET = 2048  # tokens computed at a time, a longer row aside: beyond t
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
 AUTO_SHARE = 0.8  # of the memory that is free
+ANSWERING_SHARE = 8  # an eighth of a stated limit
 PACKED_SHARE = 3  # a third of the memory
 FEW_LEARN = 4  # at most a quarter of the weights
 ADAMW_COPIES = 3  # gradient and two moments
@@ -60,6 +61,11 @@ def memory_limit(setting: str, share: float = AUTO_SHARE) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = setting.upper().rstrip("KMGIB ")
     return int(float(number) * units.get(setting.upper().removeprefix(number).strip(), 1))
+
+
+def answering_limit(setting: str) -> int | None:
+    """What keys and values of an engine may take, in bytes; None where `runtime.memory_limit` is auto."""
+    return None if setting == "auto" else memory_limit(setting) // ANSWERING_SHARE
 
 
 def resident_bytes() -> int:
