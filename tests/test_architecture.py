@@ -118,7 +118,7 @@ def test_recipe_keys_are_a_reviewed_list() -> None:
         "data.on_long data.balance data.replay "
         "adapter.kind adapter.rank adapter.alpha adapter.target_modules adapter.rslora adapter.dropout "
         "adapter.init_from "
-        "objective.kind objective.beta "
+        "objective.kind objective.kl_to_base objective.beta "
         "objective.prompt objective.prompt_file objective.top_k objective.margin "
         "objective.teacher objective.kl_share objective.keep_above "
         "train.epochs train.max_steps train.batch_examples train.lr train.schedule train.warmup_ratio "

@@ -112,6 +112,22 @@ def test_a_layout_fits_again_only_under_what_it_takes(half: tuple[Path, bytes], 
     assert not estimate.fits_again(made.body, made.parameters, steps, need // 2)
 
 
+def test_workers_keep_a_layout_only_if_all_of_them_can(
+    half: tuple[Path, bytes], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker says what this one hears: in two layouts their passes would not be each other's."""
+    from tunesmith.lineage import started
+    from tunesmith.preparation import prepare, read_and_split
+
+    before = started(Run(half[0]), recipe)
+    assert before is not None
+    monkeypatch.setattr(estimate, "LARGEST_BUDGET", 300)  # what is chosen anew is another layout
+    for other_can in (True, False):
+        ready = prepare(recipe, read_and_split(recipe, lambda _: None), Reporter())
+        monkeypatch.setattr(trainable.parallel, "gather", lambda value, other=other_can: [value, other])
+        assert (trainable.make_trainable(ready, Reporter(), before).layout == before.layout) is other_can
+
+
 def test_another_recipe_is_refused_before_any_work(half: tuple[Path, bytes], recipe: Recipe, tmp_path: Path) -> None:
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
     shutil.copytree(half[0], tmp_path / "run")

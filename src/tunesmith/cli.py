@@ -298,7 +298,9 @@ def _print_run(done: Run, as_json: bool) -> None:
 
 
 def _print(facts: Any, as_json: bool, render: Callable[[], Any] | None) -> None:
-    if int(os.environ.get("RANK", "0")) > 0:  # of several workers the first speaks
+    from tunesmith.progress import relay
+
+    if int(os.environ.get("RANK", "0")) > 0 or relay("result", facts):  # of several workers the first speaks
         return
     if as_json or render is None:
         sys.stdout.write(json.dumps(facts, ensure_ascii=False, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -218,7 +219,9 @@ def _annotated(
     columns = load_columns(run.columns, len(every))
     if columns is None:
         reporter.stage("what the loss compares with, by the weights as they are before training")
-        columns = method.annotate(trainable.body, every, trainable.layout, reporter.advance)
+        continued = ready.recipe.adapter is not None and ready.recipe.adapter.init_from is not None
+        with trainable.adapter_off() if method.of_base and continued else nullcontext(trainable.body) as body:
+            columns = method.annotate(body, every, trainable.layout, reporter.advance)
         if parallel.is_first():
             save_columns(run.columns, columns)
     done, rows = with_columns(every, columns), list(steps.examples)

@@ -47,7 +47,7 @@ from tunesmith.prove.need import refuse_picture, write_picture
 from tunesmith.prove.page import write_page
 from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.recipe import Recipe
-from tunesmith.stopping import stopping
+from tunesmith.stopping import part_of, stopping, stopping_proof
 from tunesmith.store.runs import (
     Run,
     alone,
@@ -91,7 +91,7 @@ def check(recipe: Recipe, *, fix: Path | None = None, show: int = 0, reporter: R
 def plan(
     recipe: Recipe, *, data_need: bool = False, picture: Path | None = None, reporter: Reporter | None = None
 ) -> Plan:
-    """What the run will take, from its rows and a few seconds of measuring on this machine.
+    """What the run will take, from its rows and a few seconds of measuring on this machine, in as many workers.
 
     `data_need` trains on growing shares of the rows and says how much more data would help; `picture` gets that as
     .svg or .png. Raises InputError where that can't be measured.
@@ -104,14 +104,18 @@ def plan(
             f"--data-need measures on answers, and objective {recipe.objective.kind} has them given by a teacher; "
             "leave it out"
         )
-    ready, _ = _prepare(recipe, reporter)
-    trainable = make_trainable(ready, reporter)
-    planned = plan_run(ready, trainable)
-    if not data_need or not planned.fits:
+    planned = workers.plan_in_workers(recipe, reporter) if workers.wanted(recipe) else None
+    if planned is not None and not (data_need and planned.fits):
         return planned
-    reporter.say(planned.sentence())
-    need = measure_need(ready, trainable, reporter)
-    if picture is not None:
+    with parallel.team(pick_device(recipe.runtime.device)):
+        ready, _ = _prepare(recipe, reporter)
+        trainable = make_trainable(ready, reporter)
+        planned = planned or plan_run(ready, trainable)
+        if not data_need or not planned.fits:
+            return planned
+        reporter.say(planned.sentence())
+        need = measure_need(ready, trainable, reporter)
+    if picture is not None and parallel.leads():
         write_picture(need, picture)
     return replace(planned, need=need)
 
@@ -189,7 +193,8 @@ def prove(
         report = report_from_items(run.items)
         write_report(report, run.report)
     elif method_of(recipe.objective).has_answers:
-        report = prove_run(run, recipe, reporter)
+        with stopping_proof(run):
+            report = prove_run(run, recipe, reporter)
     else:
         raise InputError(_loss_sentence(run), file=run.folder)
     write_page(run, report)
@@ -207,7 +212,8 @@ def run(
     """
     reporter = reporter or Reporter()
     earlier(recipe)  # a contender that there isn't is said before the training, not after
-    done = train(recipe, folder, resume=resume, reporter=reporter)
+    with part_of("run"):
+        done = train(recipe, folder, resume=resume, reporter=reporter)
     if recipe.data.held_out == 0:
         reporter.say("data.held_out is 0: everything was trained on, so there is nothing to prove")
         return done
@@ -222,7 +228,8 @@ def run(
 
 def _loss_sentence(run: Run) -> str:
     """What there is to say of texts, which ask nothing: `held-out loss 3.21 before training, 2.80 after ...`."""
-    losses = [row["held_out_loss"] for row in read_metrics(run) if "held_out_loss" in row]
+    rows = [row for row in read_metrics(run) if "held_out_loss" in row]
+    losses = [row.get("held_out_nll", row["held_out_loss"]) for row in rows]  # without what a leash to the base costs
     why = "texts ask nothing, so there are no answers to prove"
     if not losses:
         return why

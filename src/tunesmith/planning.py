@@ -33,6 +33,12 @@ class Plan:
         facts = {"predicted": predicted, "fits": self.fits}
         return facts if self.need is None else {**facts, "data_need": self.need.to_json()}
 
+    @classmethod
+    def from_json(cls, facts: dict[str, Any], price_per_hour: float | None) -> Plan:
+        """What `to_json` gave of a plan without a data need."""
+        predicted = {key: value for key, value in facts["predicted"].items() if key != "money"}
+        return cls(Estimate(**predicted), price_per_hour=price_per_hour)
+
     def money(self, seconds: float) -> float | None:
         """What so long costs, in the currency of the price."""
         return None if self.price_per_hour is None else seconds / 3600 * self.price_per_hour
@@ -44,6 +50,7 @@ class Plan:
             f"plan: {e.steps:,} steps, {e.tokens:,} tokens ({e.computed_tokens:,} computed, "
             f"{e.supervised_tokens:,} trained), "
             f"about {_minutes(e.seconds)} of training, {e.peak_bytes / 1e9:.1f} GB at most"
+            + (f" in each of {e.workers} workers" if e.workers > 1 else "")
             + ("" if money is None else f", {money:.2f} at {self.price_per_hour:g} an hour")
         )
 
@@ -51,7 +58,8 @@ class Plan:
         """Why it can't be run here, and what would."""
         e = self.estimate
         return (
-            f"training would take {e.peak_bytes / 1e9:.1f} GB and {e.memory_limit / 1e9:.1f} GB may be used; "
+            f"training would take {e.peak_bytes / 1e9:.1f} GB and {e.memory_limit / 1e9:.1f} GB may be used"
+            f"{f' in each of {e.workers} workers' if e.workers > 1 else ''}; "
             "raise runtime.memory_limit, lower data.max_seq_len, or train a smaller adapter"
         )
 

@@ -29,7 +29,7 @@ from tunesmith.prove.task import detect_task
 from tunesmith.recipe import Base, Recipe
 from tunesmith.store.runs import Located, Run, locate, read_json, read_metrics
 from tunesmith.teaching import teaching_seconds, with_lessons
-from tunesmith.train.estimate import memory_limit
+from tunesmith.train.estimate import answering_limit
 from tunesmith.types import Example, Item
 
 SAMPLE = 24  # held-out rows that are answered at an evaluation during training
@@ -135,8 +135,7 @@ def _schema(recipe: Recipe) -> dict[str, Any] | None:
 def _voices(run: Run, recipe: Recipe, base_hash: str) -> Voices:
     """The base, the run's own result, and the earlier runs and adapters that the recipe names as contenders."""
     settings: dict[str, Any] = {"dtype": recipe.base.dtype, "device": recipe.runtime.device}
-    if recipe.runtime.memory_limit != "auto":  # keys and values may take an eighth of it
-        settings["memory_limit"] = memory_limit(recipe.runtime.memory_limit) // 8
+    settings["memory_limit"] = answering_limit(recipe.runtime.memory_limit)
     base = recipe.base
     vllm = recipe.runtime.vllm
     engine = open_engine(base.model, vllm=vllm, revision=base.revision, quantize=base.quantize, **settings)

@@ -21,6 +21,12 @@ from tunesmith.recipe_file import apply_override, read_yaml
 DEFAULT_BASE = "smollm2-135m-instruct"
 Auto = Literal["auto"]
 Quantize = Literal["nf4", "int8", "keep"]  # keep: the quantised blocks of the base's own GGUF file
+NO_LEASH = {  # why an objective takes no kl_to_base
+    "dpo": "its beta holds the model near the one it starts from",
+    "kto": "its beta holds the model near the one it starts from",
+    "orpo": "it is made to do without a reference, and dpo is the one that has one",
+    "compress": "what it learns is to differ from the base without the prompt",
+}
 
 
 def is_endpoint(name: str) -> bool:
@@ -82,10 +88,12 @@ class Adapter(Section):
 
 class Sft(Section):
     kind: Literal["sft"] = "sft"
+    kl_to_base: float = Field(default=0.0, ge=0)  # what a nat of KL(base || tuned) costs at each trained token
 
 
 class Cpt(Section):
     kind: Literal["cpt"] = "cpt"
+    kl_to_base: float = Field(default=0.0, ge=0)
 
 
 class Dpo(Section):
@@ -127,6 +135,7 @@ class Distill(Section):
     kl_share: float = Field(default=0.5, ge=0, le=1)  # of the loss; the rest is the answers' own log-likelihood
     top_k: int = Field(default=50, ge=1)
     keep_above: Annotated[float, Field(ge=0, le=100)] | None = None  # points an answer must reach where one is expected
+    kl_to_base: float = Field(default=0.0, ge=0)
 
 
 Objective = Annotated[Sft | Cpt | Dpo | Orpo | Kto | Compress | Distill, Field(discriminator="kind")]
@@ -190,6 +199,16 @@ class Recipe(Section):
             raw = {**raw, "base": {"model": base}}
         if isinstance(objective, dict):
             raw = {**raw, "objective": {"kind": "sft", **objective}}
+        return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leash_has_a_use(cls, raw: Any) -> Any:
+        objective = raw.get("objective") if isinstance(raw, dict) else None
+        if isinstance(objective, dict) and "kl_to_base" in objective:
+            kind = str(objective.get("kind"))
+            if kind in NO_LEASH:
+                raise ValueError(f"objective {kind} takes no kl_to_base: {NO_LEASH[kind]}; leave it out")
         return raw
 
     @model_validator(mode="after")

@@ -1,19 +1,49 @@
-"""A training that ends early: what is kept, and how to go on, in a sentence."""
+"""A run that ends early: what is kept, and how to go on, in a sentence."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from tunesmith.disk import REFUSALS
 from tunesmith.errors import InterruptedRun, TunesmithError
 from tunesmith.store.runs import Run
 from tunesmith.train.checkpoint import list_checkpoints
 
+COMMAND = "TUNESMITH_COMMAND"  # in a worker's environment: what the person asked for, of which it does a part
+_asked: ContextVar[str | None] = ContextVar("asked", default=None)
+
+
+@contextmanager
+def part_of(command: str) -> Iterator[None]:
+    """What is trained in here is a part of this command, so that is what goes on with all of it."""
+    token = _asked.set(command)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> str:
+    """The command that training is a part of: train or run."""
+    return _asked.get() or os.environ.get(COMMAND, "train")
+
 
 def resume_command(run: Run) -> str:
-    return f"tunesmith train {shlex.quote(str(run.recipe))} --run {shlex.quote(str(run.folder))} --resume"
+    return f"tunesmith {asked()} {shlex.quote(str(run.recipe))} --run {shlex.quote(str(run.folder))} --resume"
+
+
+@contextmanager
+def stopping_proof(run: Run) -> Iterator[None]:
+    """Turn a signal during the proof into a sentence. Training is done, and answers given so far are remembered."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = f"tunesmith prove {shlex.quote(str(run.folder))}"
+        raise InterruptedRun(f"stopped while proving; continue with:\n  {command}") from None
 
 
 @contextmanager

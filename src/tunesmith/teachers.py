@@ -27,7 +27,7 @@ from tunesmith.recipe import Compress, Distill, Recipe, is_endpoint
 from tunesmith.store.runs import Located, locate
 from tunesmith.train.annotate import Columns, likeliest
 from tunesmith.train.bodies import make_body
-from tunesmith.train.estimate import LARGEST_BUDGET, memory_limit
+from tunesmith.train.estimate import LARGEST_BUDGET, answering_limit
 from tunesmith.tree.body import prepare as prepare_attention
 from tunesmith.types import Message, TokenizedExample
 
@@ -90,7 +90,7 @@ def base_itself(recipe: Recipe, base: LoadedBase, renderer: Renderer, max_tokens
 
 
 def _engine(recipe: Recipe, base: LoadedBase, renderer: Renderer, lora: LoraModel) -> Engine:
-    limit = None if recipe.runtime.memory_limit == "auto" else memory_limit(recipe.runtime.memory_limit) // 8
+    limit = answering_limit(recipe.runtime.memory_limit)
     return engine_over(base, lora, renderer, memory_limit=limit, packed=True)
 
 

@@ -2,8 +2,8 @@
 
     rows ─► those the run will see ─► the teacher's answers ─► lessons ─► token ids ─► the teacher's likeliest tokens
 
-Answers are remembered in the run's replies.jsonl (the proof asks some of the same), the distributions in its
-columns.safetensors: killed and started again, it goes on where it was.
+Answers are remembered in the run's replies.jsonl (the proof asks some of the same), the distributions in
+distributions.safetensors: killed and started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -223,12 +223,12 @@ def _with_distributions(
     digest = hashlib.sha256(b"".join(each.input_ids.tobytes() for each in seen)).hexdigest()
     k = recipe.objective.top_k  # type: ignore[union-attr]  (an objective whose teacher has distributions)
     of = f"{teacher.name}, {k} of each: {digest}"
-    columns = _blank(seen, k) if run is None else load_columns(run.columns, len(seen), of)
+    columns = _blank(seen, k) if run is None else load_columns(run.distributions, len(seen), of)
     if columns is None:
         assert run is not None
         reporter.stage("how likely the teacher finds each token of the answers")
         columns = teacher.likeliest(seen, reporter.advance)
-        save_columns(run.columns, columns, of)
+        save_columns(run.distributions, columns, of)
     done = iter(with_columns(sequences, columns))
     return [side and replace(side, examples=[next(done) for _ in side.examples]) for side in sides]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from tunesmith.models.peft_format import load_adapter, save_adapter
 from tunesmith.preparation import Prepared
 from tunesmith.progress import Reporter
 from tunesmith.train import parallel
-from tunesmith.train.bodies import make_body
+from tunesmith.train.bodies import FusedBody, make_body
 from tunesmith.train.estimate import bytes_per_token, choose_layout, fits_again, memory_limit
 from tunesmith.train.forward import Body, ModuleBody
 from tunesmith.train.sharding import full_state, saved_bytes, spread
@@ -48,6 +49,15 @@ class Trainable:
     memory_limit: int  # bytes
     save: Callable[[Path], None]
     abilities: Abilities
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[Body]:
+        """What computes the model without its adapter, while this lasts; slower than `body` does with it."""
+        self.lora.use(None)
+        try:
+            yield ModuleBody(self.body.model) if isinstance(self.body, FusedBody) else self.body
+        finally:
+            self.lora.use(self.adapter)
 
 
 def make_trainable(ready: Prepared, reporter: Reporter, before: Started | None = None) -> Trainable:

@@ -1,8 +1,8 @@
 """`runtime.workers: N`: one command becomes N processes, and ends as one.
 
-Each worker is `tunesmith train` with torchrun's environment, so that what they do is what they do under torchrun. This
-process computes nothing: it relays what the first worker says, passes signals on, and where a worker ends with an error
-stops the others and raises that error as its own.
+Each worker is `tunesmith train` (or `plan`) with torchrun's environment, so that what they do is what they do under
+torchrun. This process computes nothing: it relays what the first worker says, passes signals on, and where a worker
+ends with an error stops the others and raises that error as its own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from typing import Any
 import torch.distributed as dist
 
 from tunesmith.errors import InputError, InterruptedRun, RefusedError, TunesmithError
+from tunesmith.planning import Plan
 from tunesmith.progress import RELAY, Reporter
 from tunesmith.recipe import Recipe
+from tunesmith.stopping import COMMAND, asked, resume_command
+from tunesmith.store.runs import Run
 from tunesmith.train import parallel
 
 LOOK_EVERY = 0.05  # seconds between looks at the workers
@@ -39,23 +42,37 @@ def wanted(recipe: Recipe) -> bool:
 
 def train_in_workers(recipe: Recipe, folder: Path, *, resume: bool, reporter: Reporter) -> None:
     """Train a recipe in `runtime.workers` processes on this machine. Raises what the worker that failed raised."""
+    words = ["--run", str(folder.resolve()), *(["--resume"] if resume else [])]
+    workers, run = _work(recipe, "train", words, reporter), Run(folder)
+    _raise_first_error(workers, resume_command(run) if run.exists() else None)
+
+
+def plan_in_workers(recipe: Recipe, reporter: Reporter) -> Plan:
+    """What a run will take in `runtime.workers` processes on this machine, measured in them. Raises what one raised."""
+    workers = _work(recipe, "plan", [], reporter)
+    facts = workers[0].said.get("result")
+    if facts is None:
+        _raise_first_error(workers, None)
+    assert facts is not None, "the first worker ended well and said nothing"
+    return Plan.from_json(facts, recipe.runtime.price_per_hour)
+
+
+def _work(recipe: Recipe, command: str, words: Sequence[str], reporter: Reporter) -> list[_Worker]:
+    """The workers of a command, ended."""
     count = recipe.runtime.workers
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as place:
         path = Path(place) / "recipe.yaml"
         path.write_text(recipe.to_yaml(), encoding="utf-8")
-        command = [sys.executable, "-m", "tunesmith.cli", "train", str(path), "--run", str(folder.resolve())]
+        line = [sys.executable, "-m", "tunesmith.cli", command, str(path), *words]
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
-        workers = [
-            _Worker.start(rank, count, [*command, *(["--resume"] if resume else [])], store.port, reporter)
-            for rank in range(count)
-        ]
+        workers = [_Worker.start(rank, count, line, store.port, reporter) for rank in range(count)]
         try:
             with _signals_passed_on(workers):
                 _watch(workers)
         finally:
             for worker in workers:
                 worker.kill()
-    _raise_first_error(workers, f"tunesmith train {folder / 'recipe.yaml'} --run {folder} --resume")
+    return workers
 
 
 @dataclass
@@ -64,7 +81,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     relay: threading.Thread
     killed: bool = False  # by this process
-    said: dict[str, Any] = field(default_factory=dict)  # its error
+    said: dict[str, Any] = field(default_factory=dict)  # its error, and its result
 
     @staticmethod
     def start(rank: int, count: int, command: Sequence[str], port: int, reporter: Reporter) -> _Worker:
@@ -72,6 +89,7 @@ class _Worker:
         environment = {
             **os.environ,
             RELAY: str(theirs),
+            COMMAND: asked(),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(count),
@@ -102,7 +120,7 @@ class _Worker:
 
 
 def _relay(source: int, reporter: Reporter, said: dict[str, Any]) -> None:
-    """What a worker says, until it ends: its progress to the reporter, its error into `said`."""
+    """What a worker says, until it ends: its progress to the reporter, its error and its result into `said`."""
     from rich.text import Text
 
     with os.fdopen(source, encoding="utf-8") as lines:
@@ -113,6 +131,8 @@ def _relay(source: int, reporter: Reporter, said: dict[str, Any]) -> None:
                 return
             if name == "error":
                 said.update(values[0])
+            elif name == "result":
+                said["result"] = values[0]
             elif name == "show":
                 reporter.show(Text.from_ansi(values[0]))
             elif name in ("stage", "say", "advance"):
@@ -153,8 +173,11 @@ def _signals_passed_on(workers: Sequence[_Worker]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _raise_first_error(workers: Sequence[_Worker], resume: str) -> None:
-    """The cause, not what followed from it: a worker that was killed, then an error, then a loss of another."""
+def _raise_first_error(workers: Sequence[_Worker], resume: str | None) -> None:
+    """The cause, not what followed from it: a worker that was killed, then an error, then a loss of another.
+
+    resume  the command that goes on, where there is something to go on with
+    """
     failed = [worker for worker in workers if worker.process.returncode and not worker.killed]
     if not failed:
         return
@@ -164,8 +187,8 @@ def _raise_first_error(workers: Sequence[_Worker], resume: str) -> None:
     if message is None and code < 0:
         what = signal.Signals(-code).name
         raise TunesmithError(
-            f"{where} was killed by {what} (the system does that where memory runs out), so the others were stopped; "
-            f"continue with `{resume}`"
+            f"{where} was killed by {what} (the system does that where memory runs out), so the others were stopped"
+            + ("" if resume is None else f"; continue with `{resume}`")
         )
     if message is None:
         raise TunesmithError(f"{where} failed, so the others were stopped; what it said is above")

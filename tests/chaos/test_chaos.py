@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from chaos_commands import run, start
+from chaos_commands import HANGS, run, start
 from kills import assert_same, kill_and_resume, until
 
 from small_jobs import STEPS, make_job
@@ -57,8 +57,8 @@ def test_killed_trainings_end_as_if_nothing_had_happened(tmp_path: Path, recipe:
     assert kill_and_resume(recipe, tmp_path / "run", whole, kinds, random.Random(0)) > 0
 
 
-def test_signals_and_a_full_disk_keep_the_last_checkpoint(tmp_path: Path, recipe: Path, whole: Path) -> None:
-    """SIGTERM, then a disk that takes no more, then SIGINT twice; and in the end the same bytes."""
+def test_a_signal_and_a_full_disk_keep_the_last_checkpoint(tmp_path: Path, recipe: Path, whole: Path) -> None:
+    """SIGTERM, then a disk that takes no more; and in the end the same bytes."""
     folder, home = tmp_path / "a run", tmp_path / "home"
     command = start("train", recipe, "--run", folder, home=home)
     until(command, lambda: learns(folder))
@@ -73,20 +73,40 @@ def test_signals_and_a_full_disk_keep_the_last_checkpoint(tmp_path: Path, recipe
     assert "Traceback" not in said
     assert load_checkpoint(newest) is not None
 
-    command = start("train", recipe, "--run", folder, "--resume", home=home)
-    until(command, lambda: "== training" in command.stderr)
-    command.signal(signal.SIGINT)
-    until(command, lambda: "a second signal" in command.stderr)
-    command.signal(signal.SIGINT)
-    assert command.wait() == 130
-    assert "--resume" in command.stderr
-    assert "Traceback" not in command.stderr
-    assert all(load_checkpoint(path) is not None for path in list_checkpoints(folder / "checkpoints"))
-
     status, said = run("train", recipe, "--run", folder, "--resume", home=home)
     assert status == 0, said
     assert_same(folder, whole)
     assert "resumed" not in read_json(folder / "lineage.json")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
+    tmp_path: Path, recipe: Path, whole: Path, number: int
+) -> None:
+    """In the middle of step 6 of 20, which never ends: one signal is not enough, two are, and step 4 is left."""
+    folder, home = tmp_path / "run", tmp_path / "home"
+    command = start("train", recipe, "--run", folder, home=home, endless_step=6)
+    until(command, lambda: HANGS in command.stderr)
+    command.signal(number)
+    until(command, lambda: "a second signal stops at once" in command.stderr)
+    command.process.join(0.5)
+    assert command.running  # the step is not done, so the first signal waits
+    before = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    command.signal(number)
+    command.process.join(10)
+    assert command.process.exitcode == 130
+    assert command.stderr.splitlines()[-2:] == [
+        "stopped at once; the checkpoint step-4 is kept; continue with:",
+        f"  tunesmith train {folder}/recipe.yaml --run {folder} --resume",
+    ]
+    assert "Traceback" not in command.stderr
+    assert before == {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    assert load_checkpoint(folder / "checkpoints" / "step-4") is not None
+
+    status, said = run("train", recipe, "--run", folder, "--resume", home=home)
+    assert status == 0, said
+    assert "resumed after step 4" in said
+    assert_same(folder, whole)
 
 
 def test_a_folder_that_is_taken_away_is_not_made_again(tmp_path: Path, recipe: Path) -> None:

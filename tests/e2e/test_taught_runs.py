@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny_llama
 import tunesmith
+from chat_endpoint import last_turn
 from stopped import stopped_after
 from tunesmith import pipeline
 from tunesmith.errors import InputError, InterruptedRun
@@ -171,10 +170,14 @@ def test_a_model_of_the_same_vocabulary_teaches_by_its_distributions(folder: Pat
         {"input": question(i), "output": "red"} for i in range(40, 48)
     ]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    objective = f"{{kind: distill, teacher: {done.folder}, kl_share: 0.8}}"
+    objective = f"{{kind: distill, teacher: {done.folder}, kl_share: 0.8, kl_to_base: 0.01}}"
     run = tunesmith.train(recipe(folder, objective, data="mixed.jsonl"), folder / "distilled")
     steps = [row for row in read_metrics(run) if "loss" in row]
-    assert steps[0]["loss"] == pytest.approx(0.8 * steps[0]["kl"] + 0.2 * steps[0]["nll"], rel=1e-6)
+    for each in steps:
+        parts = 0.8 * each["kl"] + 0.2 * each["nll"] + 0.01 * each["kl_to_base"]
+        assert each["loss"] == pytest.approx(parts, rel=1e-6)
+    assert steps[0]["kl_to_base"] == pytest.approx(0, abs=1e-5)
+    assert steps[-1]["kl_to_base"] > 0.1
     assert steps[-1]["kl"] < steps[0]["kl"]
     facts, *lessons = [json.loads(line) for line in run.lessons.read_text().splitlines()]
     assert facts["teacher"] == str(done.folder)
@@ -193,41 +196,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(folder: Path) -> None:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., tuple[str, list[str]]]]:
-    """`serve(answer)` starts a chat endpoint; `answer(question, number of the call)` gives status and content."""
-    servers = []
-
-    def start(answer: Callable[[str, int], tuple[int, object]]) -> tuple[str, list[str]]:
-        asked: list[str] = []
-
-        class Chat(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                asked.append(body["messages"][-1]["content"])
-                status, content = answer(asked[-1], len(asked))
-                if isinstance(content, str):
-                    content = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-                raw = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"big@http://127.0.0.1:{server.server_port}/v1", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint is asked again at once."""
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
@@ -239,14 +207,15 @@ def test_an_endpoint_teaches_by_its_answers_and_what_is_no_use_is_counted(folder
 
     busy: set[str] = set()
 
-    def answer(text: str, number: int) -> tuple[int, object]:
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, object]:
+        text = last_turn(body)
         if int(text) % 3 == 0 and text not in busy:  # the first time it is asked
             busy.add(text)
             return 429, {}
         kind = int(text) % 10
         return 200, {0: {"choices": []}, 1: "", 2: '{"color": 1}', 3: "red"}.get(kind, '{"colour": "red"}')
 
-    name, _ = serve(answer)
+    name = serve(answer).name
     run = tunesmith.train(
         recipe(folder, f"{{kind: distill, teacher: '{name}'}}", "data.schema=schema.json", "train.max_steps=4"),
         folder / "served",
@@ -264,24 +233,24 @@ def test_an_endpoint_that_stops_answering_ends_the_run_and_is_asked_for_the_rest
     folder: Path, serve, impatient
 ) -> None:
     alive = [True]
-    name, asked = serve(lambda text, number: (200, "red") if alive[0] and number <= 20 else (503, {}))
-    taught = recipe(folder, f"{{kind: distill, teacher: '{name}'}}")
+    server = serve(lambda number, body: (200, "red") if alive[0] and number <= 20 else (503, {}))
+    taught = recipe(folder, f"{{kind: distill, teacher: '{server.name}'}}")
     with pytest.raises(InputError, match=r"stopped answering \(the endpoint answered 503.*20 of \d+ answers are kept"):
         tunesmith.train(taught, folder / "cut")
-    known = set(asked[:20])
+    known = set(server.asked()[:20])
     alive[0] = False
-    asked.clear()
+    server.calls.clear()
     with pytest.raises(InputError, match=r"stopped answering.*20 of"):
         tunesmith.train(taught, folder / "cut", resume=True)
-    assert asked
-    assert not known & set(asked)
+    assert server.calls
+    assert not known & set(server.asked())
 
 
 def test_an_endpoint_that_cannot_be_reached_or_says_no_is_one_sentence(folder: Path, serve, impatient) -> None:
-    name, asked = serve(lambda text, number: (401, {}))
+    server = serve(lambda number, body: (401, {}))
     with pytest.raises(InputError, match=r"stopped answering.*401"):
-        tunesmith.train(recipe(folder, f"{{kind: distill, teacher: '{name}'}}"), folder / "no")
-    assert len(asked) <= 16  # a refusal is not asked for again and again
+        tunesmith.train(recipe(folder, f"{{kind: distill, teacher: '{server.name}'}}"), folder / "no")
+    assert len(server.calls) <= 16  # a refusal is not asked for again and again
     with pytest.raises(InputError, match="could not be reached"):
         tunesmith.train(recipe(folder, "{kind: distill, teacher: 'big@http://127.0.0.1:9/v1'}"), folder / "no")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ from tiny import LetterRenderer, build, engine_over
 from vllm_server import FakeVllm
 
 import tiny_llama
-from tunesmith import conversation
+import tunesmith
+from tunesmith import cli, conversation
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.opening import open_engine
 from tunesmith.engine.request import Request
@@ -22,6 +25,8 @@ from tunesmith.models.lora import add_new_adapter, wrap
 from tunesmith.models.peft_format import save_adapter
 from tunesmith.prove.answering import EngineModel, Prompt, Weights
 from tunesmith.recipe import Adapter as Section
+from tunesmith.recipe import Recipe
+from tunesmith.store.runs import Run
 
 PROMPT = [9, 8, 7]
 
@@ -193,6 +198,49 @@ def test_proving_asks_the_server_unchanged(engine: VllmEngine, adapter: Path) ->
         (r.output, r.finish_reason, r.output_tokens, r.error is None) for r in replies[1]
     ]
     assert replies[1][0].output_tokens
+
+
+def test_a_proof_from_the_command_line_asks_the_server_and_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+    folder = tiny_llama.save(tmp_path / "base", initializer_range=0.25)
+    rows = [{"prompt": f"item {i} ", "completion": f"is {'abcdefg'[i % 7]}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "job.yaml").write_text(
+        f"base: {folder}\ndata: {{train: rows.jsonl, held_out: 0.25}}\n"
+        "prove: {retention: false, contenders: [prompt, tuned], max_new_tokens: 4}\n"
+        "train: {max_steps: 3, batch_examples: 5, lr: 1.0e-2, eval_every: 0}\n"
+    )
+    run = tunesmith.train(Recipe.load(tmp_path / "job.yaml"), tmp_path / "run")
+    tunesmith.prove(run.folder)
+    own = outputs(run)
+
+    def prove(url: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tunesmith", "prove", str(run.folder), "--vllm", url, "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    server = FakeVllm(Engine(folder))
+    status, out, said = prove(server.url)
+    server.shutdown()
+    assert status == 0, said
+    assert [each["name"] for each in json.loads(out)["contenders"]] == ["prompt", "tuned"]
+    assert len(own) == 8
+    assert outputs(run) == own
+    asked = [body["model"] for body in server.seen]
+    assert asked.count("base") >= 4  # the base as it is, remembered by nobody
+    assert len([name for name in asked if name.startswith("tuned-")]) == 4
+    status, out, said = prove("http://127.0.0.1:9")
+    assert (status, out) == (2, "")
+    assert "no vLLM server answers" in said.splitlines()[-1]
+
+
+def outputs(run: Run) -> dict[tuple[str, str], tuple[str, str]]:
+    """What each contender of a proof said to each item, and why it stopped."""
+    rows = [json.loads(line) for line in run.items.read_text().splitlines()]
+    return {(row["contender"], row["item"]): (row["output"], row["finish_reason"]) for row in rows}
 
 
 def test_what_a_servers_base_cannot_be_is_refused_and_not_asked(

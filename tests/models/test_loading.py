@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,23 @@ def test_a_folder_loads_frozen_in_float32(folder) -> None:
     assert not any(weight.requires_grad for weight in base.model.parameters())
     ids = torch.arange(10)[None]
     torch.testing.assert_close(base.model(ids).logits, tiny.llama()(ids).logits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
+def test_a_base_is_mapped_not_copied_so_that_workers_share_its_memory(tmp_path) -> None:
+    tiny.save(tmp_path / "large", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 60e6
+    before = own_bytes()
+    base = load_base(str(tmp_path / "large"))
+    assert sum(float(weight.sum()) for weight in base.model.parameters()) != 0  # every page was read
+    assert own_bytes() - before < 0.25 * size
+
+
+def own_bytes() -> int:
+    """Memory of this process that no other can share."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
 def test_the_type_asked_for_is_the_type_of_every_weight(folder) -> None:

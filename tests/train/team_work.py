@@ -20,13 +20,13 @@ from tunesmith.data.batches import Layout, Step, StepPlan, make_step  # noqa: E4
 from tunesmith.models.lora import add_new_adapter, wrap  # noqa: E402
 from tunesmith.recipe import Adapter, Train  # noqa: E402
 from tunesmith.train import parallel  # noqa: E402
-from tunesmith.train.annotate import reference, with_columns  # noqa: E402
+from tunesmith.train.annotate import base_likeliest, reference, with_columns  # noqa: E402
 from tunesmith.train.bodies import make_body  # noqa: E402
 from tunesmith.train.checkpoint import load_newest, save_checkpoint  # noqa: E402
 from tunesmith.train.forward import Body, ModuleBody  # noqa: E402
 from tunesmith.train.gradient import accumulate  # noqa: E402
 from tunesmith.train.loop import Hooks, evaluate, train  # noqa: E402
-from tunesmith.train.losses import Loss, dpo, kto, sft  # noqa: E402
+from tunesmith.train.losses import BASE_LOGPROBS, Loss, dpo, kto, leashed, sft  # noqa: E402
 from tunesmith.train.sharding import spread  # noqa: E402
 from tunesmith.tree.body import prepare  # noqa: E402
 
@@ -70,6 +70,11 @@ def rows_for(kind: str, body: Body) -> tuple[list, Loss, int]:
 
     if kind == "sft":
         return make_rows(prompt=70), sft, 1
+    if kind == "leash":
+        rows = make_rows(prompt=70)
+        columns = base_likeliest(body, rows, layout(), lambda *_: None)
+        less = [each - 0.1 for each in columns[BASE_LOGPROBS]]  # or there would be no divergence yet
+        return with_columns(rows, {**columns, BASE_LOGPROBS: less}), leashed(sft, 0.5), 1
     rows, loss, together = (make_pairs(), dpo(0.3), 2) if kind == "dpo" else (make_triples(), kto(0.3), 3)
     columns = reference(body, rows, layout(together=together), lambda *_: None)
     assert np.count_nonzero(columns["reference"]) == len(rows)
@@ -92,7 +97,7 @@ def gradient(made: tuple[Body, dict[str, nn.Parameter]], step: Step, loss: Loss)
 def gradients() -> dict[str, dict[str, torch.Tensor]]:
     """Every case's gradient, loss and metrics: what a team must have in common with one alone."""
     found = {}
-    for kind in ("sft", "dpo", "kto"):
+    for kind in ("sft", "leash", "dpo", "kto"):
         made = make_lora()
         rows, loss, together = rows_for(kind, made[0])
         found[kind] = gradient(made, make_step(0, 1.0, rows, layout(together=together)), loss)

@@ -20,9 +20,10 @@ import tiny_llama
 import tunesmith
 from decoders import example, worst_error
 from stopped import stopped_after
-from tunesmith import workers
+from tunesmith import stopping, workers
 from tunesmith.data.batches import Layout, make_step
 from tunesmith.errors import InputError, InterruptedRun, RefusedError, TunesmithError
+from tunesmith.progress import Reporter
 from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run, read_metrics
 
@@ -146,6 +147,29 @@ def recipe(tmp_path):
         "runtime: {workers: 2, threads: 1, memory_limit: 4GB}\n"
     )
     return tmp_path / "job.yaml"
+
+
+def test_a_plan_is_of_as_many_workers_as_will_train(recipe):
+    """Measured in them: what is shared is computed by each, and memory is one's."""
+    settings = Recipe.load(recipe, ["train.max_steps=20", "runtime.price_per_hour=3600"])
+    found = tunesmith.plan(settings)
+    alone = tunesmith.plan(Recipe.load(recipe, ["train.max_steps=20", "runtime.workers=1"]))
+    assert (found.estimate.workers, alone.estimate.workers) == (2, 1)
+    assert (found.estimate.steps, found.estimate.tokens) == (alone.estimate.steps, alone.estimate.tokens)
+    assert found.estimate.computed_tokens > alone.estimate.computed_tokens
+    assert found.estimate.memory_limit == alone.estimate.memory_limit // 2 == 2_000_000_000
+    assert "GB at most in each of 2 workers, " in found.sentence()
+    assert "workers" not in alone.sentence()
+    assert found.money(1) == 1
+
+
+def test_a_worker_knows_which_command_it_is_a_part_of():
+    code = f"from tunesmith.progress import relay; import os; relay('result', os.environ[{stopping.COMMAND!r}])"
+    with stopping.part_of("run"):
+        worker = workers._Worker.start(0, 2, [sys.executable, "-c", code], 0, Reporter())
+    workers._watch([worker])
+    assert worker.said == {"result": "run"}
+    assert stopping.asked() == "train"
 
 
 def test_a_killed_worker_ends_the_run_with_one_sentence_and_one_alone_resumes_it(recipe, tmp_path):

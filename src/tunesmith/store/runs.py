@@ -63,6 +63,11 @@ class Run:
         return self.folder / "columns.safetensors"
 
     @property
+    def distributions(self) -> Path:
+        """A teacher's likeliest tokens at every place of the answers."""
+        return self.folder / "distributions.safetensors"
+
+    @property
     def lessons(self) -> Path:
         """What a teacher answered: a line of facts, then one a row."""
         return self.folder / "lessons.jsonl"

@@ -23,10 +23,11 @@ from tunesmith.disk import flush, os_errors
 from tunesmith.train import parallel
 from tunesmith.train.forward import Batch, Body
 from tunesmith.train.gradient import accumulate
-from tunesmith.train.losses import REFERENCE, TEACHER_IDS, TEACHER_LOGPROBS, LossOutput
+from tunesmith.train.losses import BASE_IDS, BASE_LOGPROBS, REFERENCE, TEACHER_IDS, TEACHER_LOGPROBS, LossOutput
 from tunesmith.types import TokenizedExample
 
 AT_ONCE = 32  # examples laid out together
+LEASH_TOP_K = 50  # tokens by which the base is known at each place
 PLACE = "place"  # column: a sequence's index among all
 LENGTHS = ".lengths"  # after the name of a column, in a file: how many rows of it belong to each sequence
 
@@ -63,21 +64,30 @@ def likeliest(
 
     The sequences are as the teacher sees them: with its prompt in front, which the tree computes once.
     """
-    assert layout.workers == 1, "a teacher answers in one process"
-    ids: list[npt.NDArray[Any]] = [np.empty(0)] * len(sequences)
-    logprobs = list(ids)
+    counts, k = [int(np.count_nonzero(each.weights)) for each in sequences], min(k, vocabulary)
+    ends = np.cumsum(counts, dtype=np.int64)
+    ids, logprobs = np.zeros((sum(counts), k), np.int32), np.zeros((sum(counts), k), np.float32)
 
     def note(batch: Batch) -> LossOutput:
         tokens, values = (each.cpu().numpy() for each in batch.scores.likeliest(k, vocabulary))
         entries = batch.supervised()[0].cpu().numpy()
-        counts = [int(np.count_nonzero(each.weights)) for each in batch.examples]
-        for each, chosen in zip(batch.examples, np.split(entries, np.cumsum(counts)[:-1]), strict=True):
-            place = int(each.columns[PLACE])
-            ids[place], logprobs[place] = tokens[chosen].astype(np.int32), values[chosen]
+        places = [int(each.columns[PLACE]) for each in batch.examples]
+        rows = np.concatenate([np.arange(ends[place] - counts[place], ends[place]) for place in places])
+        ids[rows], logprobs[rows] = tokens[entries], values[entries]
         return LossOutput(torch.zeros((), device=batch.device))
 
     _visit(body, sequences, layout, note, advance)
-    return {TEACHER_IDS: ids, TEACHER_LOGPROBS: logprobs}
+    everyone = (ids, logprobs) if layout.workers == 1 else map(parallel.add_up_array, (ids, logprobs))
+    return dict(zip((TEACHER_IDS, TEACHER_LOGPROBS), (np.split(each, ends[:-1]) for each in everyone), strict=True))
+
+
+def base_likeliest(
+    body: Body, sequences: Sequence[TokenizedExample], layout: Layout, advance: Callable[[int, int], None]
+) -> Columns:
+    """The same of the base, which `body` is as it stands: what a leash to it compares with."""
+    vocabulary = body.model.config.get_text_config().vocab_size
+    found = likeliest(body, sequences, layout, advance, k=LEASH_TOP_K, vocabulary=vocabulary)
+    return {BASE_IDS: found[TEACHER_IDS], BASE_LOGPROBS: found[TEACHER_LOGPROBS]}
 
 
 def _visit(

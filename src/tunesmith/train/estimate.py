@@ -28,6 +28,7 @@ LARGEST_BUDGET = 2048  # tokens computed at a time, a longer row aside: beyond t
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
 AUTO_SHARE = 0.8  # of the memory that is free
+ANSWERING_SHARE = 8  # an eighth of a stated limit
 PACKED_SHARE = 3  # a third of the memory
 FEW_LEARN = 4  # at most a quarter of the weights
 ADAMW_COPIES = 3  # gradient and two moments
@@ -35,7 +36,10 @@ ADAMW_COPIES = 3  # gradient and two moments
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """`tokens` counts every example in full, `computed_tokens` what the model really runs."""
+    """`tokens` counts every example in full, `computed_tokens` what the model really runs, of all workers together.
+
+    Memory is that of one of `workers` processes, which have the machine's between them.
+    """
 
     steps: int
     tokens: int
@@ -47,6 +51,7 @@ class Estimate:
     token_budget: int  # of one micro-batch
     memory_limit: int  # bytes
     fits: bool
+    workers: int = 1
 
 
 def memory_limit(setting: str, share: float = AUTO_SHARE) -> int:
@@ -56,6 +61,11 @@ def memory_limit(setting: str, share: float = AUTO_SHARE) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = setting.upper().rstrip("KMGIB ")
     return int(float(number) * units.get(setting.upper().removeprefix(number).strip(), 1))
+
+
+def answering_limit(setting: str) -> int | None:
+    """What keys and values of an engine may take, in bytes; None where `runtime.memory_limit` is auto."""
+    return None if setting == "auto" else memory_limit(setting) // ANSWERING_SHARE
 
 
 def resident_bytes() -> int:
@@ -174,6 +184,7 @@ def estimate(
         token_budget=steps.layout.token_budget,
         memory_limit=limit,
         fits=peak <= limit,
+        workers=steps.layout.workers,
     )
 
 

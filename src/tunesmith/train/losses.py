@@ -17,6 +17,7 @@ from tunesmith.train.forward import Batch
 REFERENCE = "reference"  # column: a sequence's log-probability under the weights that training starts from
 TEACHER_IDS = "teacher_ids"  # column [supervised, k]: the tokens that the teacher finds likeliest
 TEACHER_LOGPROBS = "teacher_logprobs"  # column [supervised, k]: how likely
+BASE_IDS, BASE_LOGPROBS = "base_ids", "base_logprobs"  # columns: the same of the base, for a leash to it
 SURE = -1e-6  # a mean log-probability above it counts as this: the odds of certainty are infinite
 
 
@@ -137,6 +138,23 @@ def distillation(kl_share: float) -> SumLoss:
         return LossOutput(total, {name: float((weights * each.detach()).sum()) for name, each in sums.items()})
 
     return loss
+
+
+def leashed(loss: SumLoss, beta: float) -> SumLoss:
+    """A loss over tokens, and beta * KL(base || tuned) at each of them: what is new is learned near the base.
+
+    The old model's outputs on the new task's data, as in Learning without Forgetting (Li and Hoiem 2016,
+    arXiv:1606.09282). The base is known as a teacher is in `distillation`: by its likeliest tokens and the remainder.
+    """
+
+    def near_base(batch: Batch) -> LossOutput:
+        learned, (entries, weights) = loss(batch), batch.supervised()
+        logq, _ = batch.scores.of_tokens(entries, batch.column(BASE_IDS).long())
+        kl = (weights * _divergence(batch.column(BASE_LOGPROBS).to(logq.dtype), logq)).sum()
+        own = {"nll": float(learned.total.detach()), **learned.metrics}
+        return LossOutput(learned.total + beta * kl, {**own, "kl_to_base": float(kl.detach())})
+
+    return near_base
 
 
 def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
