@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -142,3 +144,17 @@ def test_a_contender_that_there_is_not_is_said_before_the_training(command: Comm
     status, out, err = command("run", recipe(tmp_path, GOOD, prove={"contenders": ["tuned", "last-week"]}))
     assert (status, out) == (2, "")
     assert '"last-week" is no contender, run or adapter' in one_sentence(err)
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly_and_a_peer_that_does_is_an_error_like_any_other(
+    command: Command,
+) -> None:
+    """A server that hangs up must not kill the command without a word, as SIGPIPE would where it is not ignored."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "tunesmith.cli", "--help"]
+    with os.fdopen(write, "wb") as gone:
+        done = subprocess.run(words, stdout=gone, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert command("--help")[0] == 0
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN

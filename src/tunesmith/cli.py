@@ -340,7 +340,6 @@ def _stop(message: str, code: int, **more: object) -> NoReturn:
 
 def main() -> None:
     """Run the command; every error a user can meet ends as one sentence and its exit status."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
