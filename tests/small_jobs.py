@@ -1,4 +1,4 @@
-"""Trainings of a second to be stopped and resumed: a random base of a few kilobytes, saved every other step."""
+"""Trainings of a second: a random base of a few kilobytes, rows, a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = {"lanes": 2, "dropout": 1, "full": 1}
 
 
 def make_job(folder: Path, variant: str = "lanes", **train: Any) -> Path:
-    """Write base, rows and recipe; the recipe's path."""
+    """Texts, saved every other step, to be stopped and resumed; the recipe's path."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "base").exists():
         tiny_llama.save(folder / "base", max_position_embeddings=128)
@@ -35,5 +35,25 @@ def make_job(folder: Path, variant: str = "lanes", **train: Any) -> Path:
         **VARIANTS[variant],
     }
     recipe = folder / f"{variant}.yaml"
+    recipe.write_text(json.dumps(content))
+    return recipe
+
+
+def make_questions(folder: Path, *, longest: int = 1, base: dict[str, Any] | None = None, **sections: Any) -> Path:
+    """24 prompts with completions of up to `longest` letters, and two contenders to prove; the recipe's path.
+
+    base      settings of the random base
+    sections  of the recipe
+    """
+    tiny_llama.save(folder / "base", **(base or {}))
+    rows = [{"prompt": f"item {i} ", "completion": f"is {'abcdefg'[i % 7] * (1 + i % longest)}"} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "base": str(folder / "base"),
+        "data": {"train": "rows.jsonl", "held_out": 0.25},
+        "prove": {"retention": False, "contenders": ["prompt", "tuned"], "max_new_tokens": 4},
+        **sections,
+    }
+    recipe = folder / "job.yaml"
     recipe.write_text(json.dumps(content))
     return recipe

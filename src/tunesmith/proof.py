@@ -101,7 +101,7 @@ def sample_scorer(ready: Prepared, lora: LoraModel, adapter: str | None, rows: i
     if scorer is None:
         return None
     engine = engine_over(base, lora, ready.renderer, memory_limit=SAMPLE_MEMORY)
-    budget = answer_budget(ready.recipe, _with_answer(ready.split.train), ready.renderer)
+    budget = answer_budget(ready.recipe, ready.split.train, ready.renderer)
     sample = sample_items(_with_answer(ready.split.held_out), rows)
     return SampleScorer(scorer.name, sample, budget, scorer, lora, Weights(engine, adapter))
 

@@ -66,8 +66,7 @@ def teach(
     Raises InputError where the teacher is no use, or stopped answering: what it said is kept in the run's folder.
     """
     began = time.monotonic()
-    settings = items([*rows.train]) or items(rows.held_out)
-    max_tokens = answer_budget(recipe, [each for each in settings if (each.expected or "").strip()], renderer)
+    max_tokens = answer_budget(recipe, rows.train or rows.held_out, renderer)
     teacher = teacher_of(recipe, base, renderer, max_tokens)
     train = _seen(rows.train, recipe)
     held_out = _spread([row for row in rows.held_out if row.kind != "input"], HELD_OUT)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-import tiny_llama
 import tunesmith
+from small_jobs import make_questions
 from stopped import stopped_after
 from tunesmith import cli
 from tunesmith.errors import InterruptedRun
@@ -22,15 +21,8 @@ from tunesmith.store.runs import Run, read_metrics
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
-    tiny_llama.save(tmp_path / "base", max_position_embeddings=512)
-    rows = [{"prompt": f"item {i} ", "completion": f"is {'abcdefg'[i % 7]}"} for i in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "job.yaml").write_text(
-        "base: ./base\ndata: {train: rows.jsonl, held_out: 0.25}\n"
-        "prove: {retention: false, contenders: [prompt, tuned], max_new_tokens: 4}\n"
-        "train: {max_steps: 4, batch_examples: 5, lr: 1.0e-2, eval_every: 0}\n"
-    )
-    return Recipe.load(tmp_path / "job.yaml")
+    train = {"max_steps": 4, "batch_examples": 5, "lr": 1e-2, "eval_every": 0}
+    return Recipe.load(make_questions(tmp_path, base={"max_position_embeddings": 512}, train=train))
 
 
 def go_on(said: str, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -15,6 +15,7 @@ from vllm_server import FakeVllm
 
 import tiny_llama
 import tunesmith
+from small_jobs import make_questions
 from tunesmith import cli, conversation
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.opening import open_engine
@@ -204,15 +205,9 @@ def test_a_proof_from_the_command_line_asks_the_server_and_says_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
-    folder = tiny_llama.save(tmp_path / "base", initializer_range=0.25)
-    rows = [{"prompt": f"item {i} ", "completion": f"is {'abcdefg'[i % 7]}"} for i in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "job.yaml").write_text(
-        f"base: {folder}\ndata: {{train: rows.jsonl, held_out: 0.25}}\n"
-        "prove: {retention: false, contenders: [prompt, tuned], max_new_tokens: 4}\n"
-        "train: {max_steps: 3, batch_examples: 5, lr: 1.0e-2, eval_every: 0}\n"
-    )
-    run = tunesmith.train(Recipe.load(tmp_path / "job.yaml"), tmp_path / "run")
+    train = {"max_steps": 3, "batch_examples": 5, "lr": 1e-2, "eval_every": 0}
+    recipe = Recipe.load(make_questions(tmp_path, base={"initializer_range": 0.25}, train=train))
+    run = tunesmith.train(recipe, tmp_path / "run")
     tunesmith.prove(run.folder)
     own = outputs(run)
 
@@ -222,7 +217,7 @@ def test_a_proof_from_the_command_line_asks_the_server_and_says_the_same(
             cli.main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
-    server = FakeVllm(Engine(folder))
+    server = FakeVllm(Engine(tmp_path / "base"))
     status, out, said = prove(server.url)
     server.shutdown()
     assert status == 0, said

@@ -16,9 +16,9 @@ import team_work
 import torch
 from safetensors.torch import load_file
 
-import tiny_llama
 import tunesmith
 from decoders import example, worst_error
+from small_jobs import make_questions
 from stopped import stopped_after
 from tunesmith import stopping, workers
 from tunesmith.data.batches import Layout, make_step
@@ -137,16 +137,9 @@ def test_the_cause_is_said_not_what_followed_from_it(ended, error, words):
 @pytest.fixture
 def recipe(tmp_path):
     """A tiny base, and more steps than a test has patience for."""
-    tiny_llama.save(tmp_path / "base")
-    rows = [{"prompt": f"item {i} ", "completion": f"is {'abcdefg'[i % 7] * (1 + i % 3)}"} for i in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "job.yaml").write_text(
-        "base: ./base\ndata: {train: rows.jsonl, held_out: 0.25}\n"
-        "prove: {retention: false, contenders: [prompt, tuned]}\n"
-        "train: {max_steps: 3000, batch_examples: 5, lr: 1.0e-2, save_every: 20, eval_every: 0}\n"
-        "runtime: {workers: 2, threads: 1, memory_limit: 4GB}\n"
-    )
-    return tmp_path / "job.yaml"
+    train = {"max_steps": 3000, "batch_examples": 5, "lr": 1e-2, "save_every": 20, "eval_every": 0}
+    runtime = {"workers": 2, "threads": 1, "memory_limit": "4GB"}
+    return make_questions(tmp_path, longest=3, train=train, runtime=runtime)
 
 
 def test_a_plan_is_of_as_many_workers_as_will_train(recipe):

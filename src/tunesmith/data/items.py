@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from tunesmith.chat.parse import spoken
 from tunesmith.data.parts import answer_text, asked_turns
 from tunesmith.types import Example, Item
 
@@ -12,8 +13,8 @@ from tunesmith.types import Example, Item
 def items(examples: Sequence[Example]) -> list[Item]:
     """One item a row: all turns before the last assistant turn (or the prompt), and the answer expected.
 
-    A tool call is expected as JSON, `[{"name": …, "arguments": …}]`. Text rows ask nothing and give no item. Equal
-    rows get ids of their own: `1f…`, `1f…-2`.
+    What was thought before the answer is not expected. A tool call is expected as JSON, `[{"name": …, "arguments":
+    …}]`. Text rows ask nothing and give no item. Equal rows get ids of their own: `1f…`, `1f…-2`.
     """
     found: list[Item] = []
     seen: Counter[str] = Counter()
@@ -29,7 +30,7 @@ def items(examples: Sequence[Example]) -> list[Item]:
                 messages=asked_turns(example),
                 tools=example.tools,
                 prompt=example.prompt,
-                expected=answer_text(example),
+                expected=spoken(answer_text(example)),
                 columns=example.columns,
             )
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.items import items as items_of
+from tunesmith.data.parts import answer_text
 from tunesmith.data.prompts import read_prompt
 from tunesmith.engine.completer import PromptRenderer
 from tunesmith.errors import InputError
@@ -23,7 +24,7 @@ from tunesmith.prove.report import Report, report_from_items, write_report
 from tunesmith.prove.retention import PROMPTS, measure_retention
 from tunesmith.prove.rows import write_rows
 from tunesmith.prove.scorers import LabelReader, Scorer
-from tunesmith.prove.scoring import choose_scorers, without_reasoning
+from tunesmith.prove.scoring import choose_scorers
 from tunesmith.prove.slices import slice_items
 from tunesmith.prove.task import Task, detect_task
 from tunesmith.recipe import Compress, Recipe, is_endpoint
@@ -73,13 +74,12 @@ def prove_items(
     on where it was. Raises InputError for unknown contenders or scorers, and where there is nothing to prove on.
     """
     options, reporter = options or Options(), reporter or Reporter()
-    items, train_items = (items_of(rows) for rows in (held_out, train))
+    items, train_items = (_blank_as_none(items_of(rows)) for rows in (held_out, train))
     if not items:
         raise InputError("there are no held-out rows to prove on; set data.held_out to a fraction or a file")
-    max_tokens = answer_budget(recipe, train_items or items, voices.base.engine.renderer)
-    items, train_items = (_blank_as_none([*map(without_reasoning, each)]) for each in (items, train_items))
     task = detect_task([*train_items, *items], options.schema)
     cache = ReplyCache(Run(folder).replies)
+    max_tokens = answer_budget(recipe, train if train_items else held_out, voices.base.engine.renderer)
     ask = asker(voices, cache)
     scorers = choose_scorers(recipe.prove.scorers, task, ask=ask, grader_file=options.grader_file)
     objective = recipe.objective
@@ -129,11 +129,11 @@ def make_plan(
     return Plan(items, scorers, reader, groups, slice_items(items, train, task))
 
 
-def answer_budget(recipe: Recipe, train: Sequence[Item], renderer: PromptRenderer) -> int:
+def answer_budget(recipe: Recipe, train: Sequence[Example], renderer: PromptRenderer) -> int:
     """Tokens an answer may have: prove.max_new_tokens, or 1.25 times the training answers' 99th percentile and 8."""
     if recipe.prove.max_new_tokens != "auto":
         return recipe.prove.max_new_tokens
-    answers = [item.expected for item in train if item.expected]
+    answers = [answer for answer in map(answer_text, train) if answer.strip()]
     step = max(1, len(answers) // MEASURED_ANSWERS)
     lengths = sorted(len(renderer.completion_prompt_ids(answer)) for answer in answers[::step])
     longest = lengths[math.ceil(0.99 * len(lengths)) - 1] if lengths else 256

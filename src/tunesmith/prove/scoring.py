@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ def needs_model(chosen: Chosen) -> bool:
 
 def score_answer(scorers: Sequence[Scorer], output: str, item: Item, *, failed: str | None = None) -> Scored:
     """Score one answer, what was thought before it aside. `failed`: why there is none; then every scorer gives 0."""
-    output, item = spoken(output), without_reasoning(item)
+    output = spoken(output)
     scores: dict[str, float | None] = {}
     faults: dict[str, str] = {}
     for scorer in scorers:
@@ -70,11 +70,6 @@ def score_answer(scorers: Sequence[Scorer], output: str, item: Item, *, failed: 
         else:
             scores[scorer.name] = _safely(scorer, output, item, faults)
     return Scored(scores, faults)
-
-
-def without_reasoning(item: Item) -> Item:
-    """The item, the thoughts before its expected answer aside."""
-    return item if item.expected is None else replace(item, expected=spoken(item.expected))
 
 
 def python_grader(path: Path) -> Scorer:
