@@ -12,6 +12,7 @@ from tunesmith.data.batches import (
     count_steps,
     epoch_order,
     make_step,
+    spread,
     steps_per_epoch,
 )
 from tunesmith.errors import InputError
@@ -101,6 +102,21 @@ def test_lanes_are_cut_evenly(lengths, prompt, lanes):
     assert 2 <= len(sizes) <= lanes
     own = sum(n + 1 for n in lengths)
     assert max(sizes) <= own / lanes + max(lengths) + 64  # rows are whole, and a short prompt stands in every lane
+
+
+@given(st.lists(st.integers(1, 200), max_size=20), st.integers(1, 4), st.integers(1, 400))
+def test_pieces_are_spread_evenly_over_bins_of_a_size(sizes, parts, room):
+    bins = spread(sizes, parts, room)
+    assert sorted(itertools.chain(*bins)) == list(range(len(sizes)))
+    assert all(len(own) == 1 or sum(sizes[i] for i in own) <= room for own in bins)
+    small = sorted((i for i in range(len(sizes)) if sizes[i] <= room), key=sizes.__getitem__)
+    sums = [sum(sizes[i] for i in own) for own in bins if not any(sizes[i] > room for i in own)]
+    if len(small) >= parts and len(sums) > 1:
+        assert max(sums) - min(sums) <= sizes[small[-1]]
+
+
+def test_the_fullest_bin_is_the_least_that_can_be_had_of_four():
+    assert spread([129, 125, 53, 96], 2, 1000) == [[0, 2], [1, 3]]
 
 
 def chain(ids):
