@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.prove.answering import ReplyCache
-from tunesmith.prove.contender import Contender
+from tunesmith.prove.contender import Prompted
 from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.scoring import score_answer
 from tunesmith.types import Item
@@ -34,7 +34,7 @@ class Choice:
 
 def choose(
     contender: str,
-    variants: Sequence[tuple[str, Contender]],
+    variants: Sequence[tuple[str, Prompted]],
     rows: Sequence[Item],
     scorer: Scorer,
     cache: ReplyCache,
@@ -42,19 +42,18 @@ def choose(
     """The variant with the highest mean on training rows; the first listed among equals.
 
     All variants answer 8 rows. Those 0.15 or more behind the best are dropped, as are all but the first where every
-    one scores the same; the rest answer 24.
+    one scores the same; the rest answer 24. They are variants of a prompt to one model, which is asked all at once.
     """
     scores: dict[str, list[float]] = {name: [] for name, _ in variants}
     alive = list(variants)
     for look in LOOKS:
         if len(alive) == 1:
             break
-        for name, variant in alive:
-            asked = rows[len(scores[name]) : look]
-            replies = variant.answer(asked, cache) if asked else []
-            for item, reply in zip(asked, replies, strict=True):
-                scored = score_answer([scorer], reply.output, item, failed=reply.error)
-                scores[name].append(scored.scores[scorer.name] or 0.0)
+        asked = [(name, row, variant.write(row)) for name, variant in alive for row in rows[len(scores[name]) : look]]
+        replies = cache.answer(alive[0][1].model, [prompt for _, _, prompt in asked])
+        for (name, item, _), reply in zip(asked, replies, strict=True):
+            scored = score_answer([scorer], reply.output, item, failed=reply.error)
+            scores[name].append(scored.scores[scorer.name] or 0.0)
         means = {name: _mean(scores[name]) for name, _ in alive}
         best = max(means.values())
         alive = [pair for pair in alive if means[pair[0]] > best - FALLEN_BEHIND]

@@ -149,7 +149,7 @@ class Bench:
             return Classifier(self.pool)
         raise no_contender(name)
 
-    def _choose(self, name: str, variants: Sequence[tuple[str, Contender]]) -> Choice:
+    def _choose(self, name: str, variants: Sequence[tuple[str, Prompted]]) -> Choice:
         choice = choose(name, variants, self.trial_rows, self.scorer, self.cache)
         self.choices.append(choice)
         return choice
