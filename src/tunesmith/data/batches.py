@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,7 @@ class Layout:
     packed: bool = False
 
 
+@lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to lay out
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
     """The order in which epoch `epoch` (from 0) visits `n` examples: a pure function of its arguments."""
     if not shuffle:

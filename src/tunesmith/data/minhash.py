@@ -33,7 +33,7 @@ NEIGHBOURS = 6  # candidates taken a text and band, so that the cost stays linea
 BATCH = 2_000
 MOST_WORDS = 500_000  # remembered at once
 PLACES = 2**22  # counters for how many texts have an element
-MOST_HASHES = 2**22  # counted at once
+AT_ONCE = 2**18  # elements or places
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0eff"  # written without spaces: a character is a word
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+|[^\w\s.,;:!?'\"]")
 # The same for ASCII text, in half the time: marks vanish, other signs stand alone, the rest is split at spaces.
@@ -62,13 +62,16 @@ class ShingleSets:
     @cached_property
     def weights(self) -> npt.NDArray[np.float32]:
         """What each place weighs, by how many texts have it. [PLACES]"""
-        frequency = np.zeros(PLACES, np.int64)
-        for first in range(0, len(self.hashes), MOST_HASHES):
-            frequency += np.bincount(_place(self.hashes[first : first + MOST_HASHES]), minlength=PLACES)
+        frequency = np.zeros(PLACES, np.uint32)
+        for first in range(0, len(self.hashes), AT_ONCE):
+            np.add.at(frequency, _place(self.hashes[first : first + AT_ONCE]), np.uint32(1))
         common, rare = max(0.5 * self.count, 8.0), max(0.05 * self.count, 4.0)
-        with np.errstate(divide="ignore"):
-            weight = np.log(common / frequency) / np.log(common / rare)
-        return np.clip(weight, 0.0, 1.0).astype(np.float32)
+        weights = np.empty(PLACES, np.float32)
+        for first in range(0, PLACES, AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            with np.errstate(divide="ignore"):
+                weights[some] = np.clip(np.log(common / frequency[some]) / np.log(common / rare), 0.0, 1.0)
+        return weights
 
     def of(self, texts: Labels) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32], Labels]:
         """The elements of some texts, their weights, and for each its place in `texts`. All [elements]"""

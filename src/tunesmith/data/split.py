@@ -48,10 +48,10 @@ def split(examples: Sequence[Example], held_out: float | Sequence[Example], grou
     three standard deviations or twice the size asked, or would leave a side (or a side of a label) without any row,
     the clusters with the smallest hashes are taken up to the size asked.
     """
-    ids, of, first = _identify(examples)
+    ids, of, first = identify(examples)
     if not isinstance(held_out, (int, float)):
         like = likeness(joined(examples, held_out))
-        return _made(examples, held_out, (ids, _identify(held_out)[0]), like, supplied=True)
+        return _made(examples, held_out, (ids, identify(held_out)[0]), like, supplied=True)
     rows = picked(examples, first)
     like = likeness(rows)
     clusters, keys = _with_groups(rows, like, group_by) if group_by else (like.near, like.keys)
@@ -63,7 +63,7 @@ def split(examples: Sequence[Example], held_out: float | Sequence[Example], grou
     return _made(*sides, (ids[train], ids[first[held]]), like, supplied=False)
 
 
-def _identify(examples: Sequence[Example]) -> tuple[npt.NDArray[np.uint64], Labels, Labels]:
+def identify(examples: Sequence[Example]) -> tuple[npt.NDArray[np.uint64], Labels, Labels]:
     """Ids and numbers of the sources, both [examples], and where each source is met first [sources].
 
     Copies that a file's weight made have one source.
