@@ -33,7 +33,7 @@ NEIGHBOURS = 6  # candidates taken a text and band, so that the cost stays linea
 BATCH = 2_000
 MOST_WORDS = 500_000  # remembered at once
 PLACES = 2**22  # counters for how many texts have an element
-AT_ONCE = 2**18  # elements or places
+AT_ONCE = 2**18  # elements, places or pairs
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0eff"  # written without spaces: a character is a word
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+|[^\w\s.,;:!?'\"]")
 # The same for ASCII text, in half the time: marks vanish, other signs stand alone, the rest is split at spaces.
@@ -191,20 +191,25 @@ def _fill_empty_bins(smallest: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32
 
 def candidate_pairs(codes: npt.NDArray[np.uint32], labels: Labels) -> Iterator[tuple[Labels, Labels]]:
     """For each band, pairs of texts that agree in it and have different labels when asked for."""
-    rows = np.flatnonzero(codes.any(axis=1))
+    rows = np.flatnonzero(codes.any(axis=1)).astype(np.int32)
     for first in range(0, BINS, ROWS_IN_BAND):
         key = _band_keys(codes, rows, range(first, first + ROWS_IN_BAND))
         order = np.argsort(key, kind="stable")
         key, texts = key[order], rows[order]
+        del order
         for step in range(1, NEIGHBOURS + 1):
-            take = np.flatnonzero(key[:-step] == key[step:])
-            left, right = texts[take], texts[take + step]
-            apart = labels[left] != labels[right]
-            if apart.any():
-                yield left[apart], right[apart]
+            for start in range(0, len(key) - step, AT_ONCE):
+                stop = min(start + AT_ONCE, len(key) - step)
+                take = start + np.flatnonzero(key[start:stop] == key[start + step : stop + step])
+                left, right = texts[take], texts[take + step]
+                apart = labels[left] != labels[right]
+                if apart.any():
+                    yield left[apart].astype(np.int64), right[apart].astype(np.int64)
 
 
-def _band_keys(codes: npt.NDArray[np.uint32], rows: Labels, columns: Iterable[int]) -> npt.NDArray[np.uint64]:
+def _band_keys(
+    codes: npt.NDArray[np.uint32], rows: npt.NDArray[np.int32], columns: Iterable[int]
+) -> npt.NDArray[np.uint64]:
     key = np.zeros(len(rows), np.uint64)
     for column in columns:
         key = (key ^ codes[rows, column]) * np.uint64(0x100000001B3)  # FNV-1a's prime
