@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from tunesmith.chat.display import coloured
 from tunesmith.data.batches import StepPlan, make_step
+from tunesmith.data.lazy import Lazy, joined, picked
 from tunesmith.disk import flush, flush_all
 from tunesmith.errors import InterruptedRun, RefusedError
 from tunesmith.lineage import lineage_of, resumed
@@ -136,12 +138,12 @@ def base_losses(ready: Prepared, trainable: Trainable) -> tuple[list[Example], l
     """
     if ready.train.together > 1 or ready.lessons_hash is not None:
         return [], []
-    rows = {example.id: example for example in ready.split.train}
-    examples = [each for each in ready.train.examples if each.example_id in rows]  # without what is replayed
-    count = min(len(examples), max(1, LOSS_TOKENS * len(examples) // ready.train.tokens))
-    sample = [examples[i * len(examples) // count] for i in range(count)]
-    losses = row_losses(trainable.body, sample, trainable.layout)
-    return [rows[example.example_id] for example in sample], losses.tolist()
+    train = ready.train
+    own = np.flatnonzero(train.rows >= 0)  # without what is replayed
+    count = min(len(own), max(1, LOSS_TOKENS * len(own) // train.tokens))
+    sample = own[np.arange(count) * len(own) // count]
+    losses = row_losses(trainable.body, [*picked(train.examples, sample)], trainable.layout)
+    return [*picked(ready.split.train, train.rows[sample])], losses.tolist()
 
 
 def show_first(ready: Prepared, reporter: Reporter) -> None:
@@ -215,7 +217,7 @@ def _annotated(
     if method.annotate is None:
         return method, steps, sample
     used = steps.used()
-    every = [*(steps.examples[i] for i in used), *sample]
+    every = joined(picked(steps.examples, used), sample)
     columns = load_columns(run.columns, len(every))
     if columns is None:
         reporter.stage("what the loss compares with, by the weights as they are before training")
@@ -224,10 +226,13 @@ def _annotated(
             columns = method.annotate(body, every, trainable.layout, reporter.advance)
         if parallel.is_first():
             save_columns(run.columns, columns)
-    done, rows = with_columns(every, columns), list(steps.examples)
-    for i, row in zip(used, done, strict=False):
-        rows[i] = row
-    return method, replace(steps, examples=rows), done[len(used) :]
+    done, place = with_columns(every, columns), np.full(len(steps.examples), -1)
+    place[used] = np.arange(len(used))
+
+    def example(i: int) -> TokenizedExample:
+        return done[place[i]] if place[i] >= 0 else steps.examples[i]
+
+    return method, replace(steps, examples=Lazy(len(place), example)), [*done[len(used) :]]
 
 
 def _keep_metrics(run: Run, step: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """$TUNESMITH_HOME, by default ~/.tunesmith: `models/`, `runs/`, `tunesmith.db`. Not created here."""
+    """$TUNESMITH_HOME, by default ~/.tunesmith: `models/`, `runs/`, `cache/`, `tunesmith.db`. Not created here."""
     return Path(os.environ.get("TUNESMITH_HOME") or Path.home() / ".tunesmith").expanduser()
 
 

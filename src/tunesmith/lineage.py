@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def lineage_of(ready: Prepared, layout: Layout, memory_limit: int) -> dict[str, 
     return {
         "tunesmith": __version__,
         "recipe_hash": recipe.hash(),
-        "data_hash": data_hash((*ready.split.train, *ready.split.held_out)),
+        "data_hash": data_hash(chain(ready.split.train, ready.split.held_out)),
         "split_hash": ready.split.hash,
         "lessons_hash": ready.lessons_hash,
         "rows": {"train": len(ready.split.train), "held_out": len(ready.split.held_out)},

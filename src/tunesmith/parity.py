@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tunesmith.chat.renderer import Renderer
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.parts import asked_turns
 from tunesmith.data.tokenize import render
 from tunesmith.engine.engine import Engine
@@ -120,10 +121,11 @@ def verify(name: str) -> Parity:
 
 def sample_rows(ready: Prepared) -> list[Row]:
     """A few held-out rows spread over all (training rows where nothing is held out), the trainer's side still open."""
-    rendered = (_rendered(ready.renderer, each, ready.limit) for each in ready.split.held_out or ready.split.train)
-    rows = [row for row in rendered if len(row.prompt_ids) + len(row.answer_ids) <= ready.limit]
-    count = min(ROWS, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
+    side = ready.split.held_out or ready.split.train
+    rendered = Lazy(len(side), lambda i: _rendered(ready.renderer, side[i], ready.limit))
+    fit = [i for i, row in enumerate(rendered) if len(row.prompt_ids) + len(row.answer_ids) <= ready.limit]
+    count = min(ROWS, len(fit))
+    return [rendered[fit[i * len(fit) // count]] for i in range(count)]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from tunesmith.chat.renderer import Renderer
 from tunesmith.chat.template import special_tokens, template_to_install
@@ -50,7 +51,7 @@ class Prepared:
 
     def name_row(self, example_id: str) -> str:
         """Example id -> file and line."""
-        for example in (*self.split.train, *self.split.held_out):
+        for example in chain(self.split.train, self.split.held_out):
             if example.id == example_id:
                 return str(example.source)
         return example_id
@@ -61,7 +62,7 @@ def read_and_split(recipe: Recipe, say: Callable[[str], None]) -> Split:
     inputs = method_of(recipe.objective).taught
     examples = read_examples(recipe.data, say=say, inputs=inputs)
     held_out = read_held_out(recipe.data, say=say, inputs=inputs)
-    _refuse_strange((*examples, *(held_out or ())), recipe)
+    _refuse_strange(chain(examples, held_out or ()), recipe)
     given = recipe.data.held_out
     assert held_out is not None or not isinstance(given, str)
     return split(examples, given if held_out is None else held_out, recipe.data.group_by)  # type: ignore[arg-type]

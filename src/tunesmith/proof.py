@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunesmith.data.items import items
+from tunesmith.data.lazy import picked
 from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.opening import AnyEngine, engine_over, open_engine
@@ -32,6 +35,7 @@ from tunesmith.teaching import teaching_seconds, with_lessons
 from tunesmith.train.estimate import answering_limit
 from tunesmith.types import Example, Item
 
+TASK_ROWS = 20_000  # rows of a side by which the task is told during training
 SAMPLE = 24  # held-out rows that are answered at an evaluation during training
 SAMPLE_MEMORY = 256 << 20  # bytes of their keys and values
 
@@ -102,17 +106,23 @@ def sample_scorer(ready: Prepared, lora: LoraModel, adapter: str | None, rows: i
         return None
     engine = engine_over(base, lora, ready.renderer, memory_limit=SAMPLE_MEMORY)
     budget = answer_budget(ready.recipe, ready.split.train, ready.renderer)
-    sample = sample_items(_with_answer(ready.split.held_out), rows)
+    sample = sample_items(_with_answer(_some(ready.split.held_out)), rows)
     return SampleScorer(scorer.name, sample, budget, scorer, lora, Weights(engine, adapter))
 
 
 def _main_scorer(ready: Prepared) -> Scorer | None:
     """None without a held-out row that has an answer, and for a scorer that needs another model."""
-    recipe, held_out = ready.recipe, _with_answer(ready.split.held_out)
+    recipe, held_out = ready.recipe, _with_answer(_some(ready.split.held_out))
     if not held_out or needs_model(recipe.prove.scorers):
         return None
-    task = detect_task([*_with_answer(ready.split.train), *held_out], _schema(recipe))
+    task = detect_task([*_with_answer(_some(ready.split.train)), *held_out], _schema(recipe))
     return choose_scorers(recipe.prove.scorers, task)[0]
+
+
+def _some(examples: Sequence[Example]) -> Sequence[Example]:
+    """All of the rows, or TASK_ROWS of them, evenly chosen: they are held in memory."""
+    count = min(TASK_ROWS, len(examples))
+    return picked(examples, np.arange(count) * len(examples) // max(1, count))
 
 
 def _with_answer(examples: Sequence[Example]) -> list[Item]:

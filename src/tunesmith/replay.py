@@ -5,18 +5,22 @@ The prompts (data/replay_prompts.txt) were written for this product and are none
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from tunesmith.chat.renderer import Renderer
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.tokenize import Tokenized, tokenize
 from tunesmith.errors import InputError
 from tunesmith.models.loading import LoadedBase
 from tunesmith.progress import Reporter
 from tunesmith.prove.answering import Prompt, Reply, ReplyCache
-from tunesmith.recipe import Data, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.store.runs import Run
 from tunesmith.teachers import base_itself
 from tunesmith.types import Example, Message, Source, TokenizedExample
@@ -37,7 +41,7 @@ def with_replay(
     reporter: Reporter,
 ) -> Tokenized:
     """The training examples with `data.replay` of general ones spread among them. Raises InputError."""
-    if train.together > 1 or any(each.columns for each in train.examples):
+    if train.together > 1 or train.examples[0].columns:
         raise InputError(
             f"data.replay mixes in rows with answers, and objective {recipe.objective.kind} learns otherwise; "
             "set data.replay to 0"
@@ -48,12 +52,18 @@ def with_replay(
     prompts = [written[i * len(written) // wanted] for i in range(wanted)] if wanted < len(written) else written
     reporter.stage(f"replay: {wanted:,} of {wanted + len(train.examples):,} examples are general, answered by the base")
     general = _answered(recipe, prompts, base, renderer, limit, run, reporter)
-    mixed: list[TokenizedExample] = []
-    for i, each in enumerate(train.examples):
-        mixed.append(each)
-        while len(mixed) - (i + 1) < wanted * (i + 1) // len(train.examples):
-            mixed.append(general[(len(mixed) - (i + 1)) % len(general)])
-    return replace(train, examples=mixed)
+    places = array("q")  # of training examples; general ones count down from -1
+    for i in range(len(train.examples)):
+        places.append(i)
+        while len(places) - (i + 1) < wanted * (i + 1) // len(train.examples):
+            places.append(-1 - (len(places) - (i + 1)) % len(general))
+
+    def example(i: int) -> TokenizedExample:
+        return train.examples[places[i]] if places[i] >= 0 else general[-1 - places[i]]
+
+    numbers = np.frombuffer(places, np.int64)
+    rows = np.where(numbers < 0, -1, train.rows[np.maximum(numbers, 0)])
+    return replace(train, examples=Lazy(len(numbers), example), rows=rows)
 
 
 def _answered(
@@ -77,13 +87,14 @@ def _answered(
     if not pairs:
         raise InputError("the base answers no general prompt, so there is nothing to replay; set data.replay to 0")
     how = recipe.data.model_copy(update={"train_on": "last", "on_long": "truncate"})
-    return [_example(i, turn, reply, renderer, how, limit) for i, (turn, reply) in enumerate(pairs)]
-
-
-def _example(i: int, turn: Message, reply: Reply, renderer: Renderer, how: Data, limit: int) -> TokenizedExample:
-    answer = cast(Message, {"role": "assistant", "content": reply.output})
-    row = Example(f"{ID} {i + 1}", Source(PROMPTS.name, i + 1), "chat", messages=(turn, answer))
-    found = tokenize([row], renderer, how, limit).examples[0]
-    if reply.finish_reason == "length":
-        found.weights[-1] = 0.0
+    rows = [_row(i, turn, reply) for i, (turn, reply) in enumerate(pairs)]
+    found = [*tokenize(rows, renderer, how, limit).examples]
+    for example, (_, reply) in zip(found, pairs, strict=True):
+        if reply.finish_reason == "length":
+            example.weights[-1] = 0.0
     return found
+
+
+def _row(i: int, turn: Message, reply: Reply) -> Example:
+    answer = cast(Message, {"role": "assistant", "content": reply.output})
+    return Example(f"{ID} {i + 1}", Source(PROMPTS.name, i + 1), "chat", messages=(turn, answer))

@@ -92,7 +92,7 @@ def chat(*turns: str, **keys: Any) -> dict[str, Any]:
 
 
 def examples_of(tmp_path: Path, rows: Iterable[Any], **keys: Any) -> list[Example]:
-    return read_examples(recipe_data(write_jsonl(tmp_path / "rows.jsonl", rows), **keys))
+    return [*read_examples(recipe_data(write_jsonl(tmp_path / "rows.jsonl", rows), **keys))]
 
 
 def checked(tmp_path: Path, rows: Iterable[Any], held_out: Iterable[Any] | None = None, **keys: Any) -> DataReport:

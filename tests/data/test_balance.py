@@ -19,7 +19,7 @@ def made(answers, files=None):
         messages = ({"role": "user", "content": f"row {i}"}, {"role": "assistant", "content": answer})
         rows.append(Example(f"{i:016x}", Source(files[i] if files else "a", i + 1), "chat", messages=messages))
         found.append(TokenizedExample(rows[-1].id, np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], np.float32)))
-    return rows, Tokenized(found, (), (), 0)
+    return rows, Tokenized(found, np.arange(len(rows)), (), (), 0)
 
 
 def test_labels_weigh_the_same_and_the_rows_one_on_average():

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from tunesmith.data.likeness import likeness, normalise
-from tunesmith.data.minhash import ShingleSets, cluster_texts, shingle_sets, similarity, split_words
+from tunesmith.data.minhash import cluster, shingle_sets, similarity, split_words
 from tunesmith.types import Example, Source
+
+
+def cluster_of(texts):
+    return cluster(shingle_sets(texts))
+
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -38,20 +43,20 @@ def edited(text, words, edits, seed=0) -> str:
 def test_texts_with_a_few_words_changed_share_a_cluster(words, length, edits):
     originals = texts(words, 300, length)
     copies = [edited(text, words, edits, i) for i, text in enumerate(originals[:100])]
-    labels = cluster_texts(originals + copies)
+    labels = cluster_of(originals + copies)
     assert (labels[:100] == labels[300:]).mean() >= 0.97
     assert len(set(labels[:300].tolist())) == 300
 
 
 def test_a_shared_template_makes_no_duplicates(words):
     template = " ".join(words[:80])
-    labels = cluster_texts([f"{template} {text}" for text in texts(words, 300, 8)])
+    labels = cluster_of([f"{template} {text}" for text in texts(words, 300, 8)])
     assert len(set(labels.tolist())) == 300
 
 
 def test_five_templates_make_no_duplicates(words):
     templates = texts(words, 5, 40, seed=3)
-    labels = cluster_texts([f"{templates[i % 5]} {text}" for i, text in enumerate(texts(words, 400, 15))])
+    labels = cluster_of([f"{templates[i % 5]} {text}" for i, text in enumerate(texts(words, 400, 15))])
     assert len(set(labels.tolist())) == 400
 
 
@@ -60,7 +65,7 @@ def test_estimates_agree_with_sets(words):
     originals = texts(words, 40, 25)
     all_texts = originals + [edited(text, words, 5, i) for i, text in enumerate(originals)]
     sets = shingle_sets(all_texts)
-    sets = ShingleSets(sets.hashes, sets.starts, np.ones(2**22, np.int64))
+    sets.weights = np.ones(2**22, np.float32)
 
     def elements(text):
         parts = split_words(text)
@@ -75,17 +80,15 @@ def test_estimates_agree_with_sets(words):
 
 
 def test_thousands_of_equal_neighbours_stay_cheap_and_together():
-    labels = cluster_texts(
-        [f"my parcel number {i} has not arrived at the shop in the old town yet" for i in range(3_000)]
-    )
+    labels = cluster_of([f"my parcel number {i} has not arrived at the shop in the old town yet" for i in range(3_000)])
     # All rows share everything but a number: what is common to all cannot tell them apart, the number can.
     assert len(set(labels.tolist())) == 3_000
 
 
 def test_few_and_empty_texts():
-    assert cluster_texts([]).tolist() == []
-    assert cluster_texts(["one"]).tolist() == [0]
-    assert len(set(cluster_texts(["", "a", "?!"]).tolist())) == 3
+    assert cluster_of([]).tolist() == []
+    assert cluster_of(["one"]).tolist() == [0]
+    assert len(set(cluster_of(["", "a", "?!"]).tolist())) == 3
 
 
 def test_words_of_any_script():

@@ -35,7 +35,7 @@ def test_sizes_and_order(tmp_path):
 
 def test_nothing_is_held_out_at_zero(tmp_path):
     parts = split(examples_of(tmp_path, varied(20)), 0)
-    assert (len(parts.train), parts.held_out) == (20, [])
+    assert (len(parts.train), len(parts.held_out)) == (20, 0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10, 40])
@@ -121,7 +121,7 @@ def test_one_large_cluster_is_trained_on(tmp_path):
 
 def test_rows_that_are_all_alike_cannot_be_held_out(tmp_path):
     rows = [{"input": "The very same long question about the kettle", "output": str(i)} for i in range(30)]
-    assert split(examples_of(tmp_path, rows), 0.2).held_out == []
+    assert not split(examples_of(tmp_path, rows), 0.2).held_out
 
 
 def test_copies_made_by_a_weight_are_held_out_once(tmp_path):

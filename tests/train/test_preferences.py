@@ -185,7 +185,7 @@ def test_the_shared_prompt_of_a_pair_is_computed_once():
 
 def test_a_step_counts_pairs():
     steps = StepPlan(make_pairs(5), 2, 3, 0, True, Layout(1000, together=2))
-    assert steps.used() == list(range(10))
+    assert steps.used().tolist() == list(range(10))
     assert len(dataclasses.replace(steps, steps=1).used()) == 4
     assert [(len(step.example_ids), len(step.examples), step.weight) for step in steps] == [
         (2, 4, 2.0),

@@ -16,7 +16,10 @@ Three rules cover every chat template:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -92,6 +95,17 @@ class Renderer:
     def template_hash(self) -> str:
         """SHA-256 of the template's text."""
         return self._template.hash
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of all that decides which ids a text becomes; None for a tokenizer that can't be written out."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        versions = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
+        marks = [str(self._tokenizer.special_tokens_map), self._tokenizer.split_special_tokens, sorted(self.stop_ids)]
+        facts = [backend.to_str(), marks, versions, self.template, self._default_system]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.parts import labels
 from tunesmith.data.tokenize import Tokenized
 from tunesmith.errors import InputError
-from tunesmith.types import Example
+from tunesmith.types import Example, TokenizedExample
 
 
 def balanced(tokenized: Tokenized, rows: Sequence[Example], by: Literal["label", "source"]) -> Tokenized:
@@ -22,16 +24,17 @@ def balanced(tokenized: Tokenized, rows: Sequence[Example], by: Literal["label",
     """
     if tokenized.together > 1:
         raise InputError("data.balance weighs answers, and preference rows are compared in pairs; set it to null")
-    groups = [row.source.file for row in rows] if by == "source" else labels(rows)
+    groups = [sys.intern(row.source.file) for row in rows] if by == "source" else labels(rows)
     if groups is None:
         raise InputError(
             "data.balance is label, and the answers are no labels (a few short ones that repeat); "
             "set it to null or source"
         )
     counts = Counter(groups)
-    factors = {row.id: len(rows) / (len(counts) * counts[group]) for row, group in zip(rows, groups, strict=True)}
-    examples = [
-        replace(each, weights=(each.weights * factors[each.example_id]).astype(np.float32))
-        for each in tokenized.examples
-    ]
-    return replace(tokenized, examples=examples)
+    factors = np.array([len(rows) / (len(counts) * counts[group]) for group in groups])[tokenized.rows]
+
+    def weighed(i: int) -> TokenizedExample:
+        each = tokenized.examples[i]
+        return replace(each, weights=(each.weights * float(factors[i])).astype(np.float32))
+
+    return replace(tokenized, examples=Lazy(len(factors), weighed))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,7 @@ class Layout:
     packed: bool = False
 
 
+@lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to lay out
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
     """The order in which epoch `epoch` (from 0) visits `n` examples: a pure function of its arguments."""
     if not shuffle:
@@ -153,12 +155,12 @@ class StepPlan:
         sequences = [self.examples[together * i + k] for i in chosen for k in range(together)]
         return make_step(index, epoch + done / n, sequences, self.layout)
 
-    def used(self) -> list[int]:
-        """Which sequences the run ever sees, by index: all of them, once an epoch is through."""
+    def used(self) -> npt.NDArray[np.int64]:
+        """Which sequences the run ever sees, by index, ascending: all of them, once an epoch is through."""
         together = self.layout.together
         order = epoch_order(len(self.examples) // together, 0, self.seed, self.shuffle)
-        seen = np.sort(order[: self.steps * self.batch_examples]).tolist()
-        return [together * i + k for i in seen for k in range(together)]
+        seen = np.sort(order[: self.steps * self.batch_examples])
+        return (together * seen[:, None] + np.arange(together)).reshape(-1)
 
     def too_long(self) -> list[TokenizedExample]:
         """Examples longer than the budget: each is computed by itself, over the budget."""

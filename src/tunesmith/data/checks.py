@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.data.formats import read_examples, read_held_out, silent
+from tunesmith.data.lazy import picked
 from tunesmith.data.look import token_rows
 from tunesmith.data.material import Material, Note
 from tunesmith.data.private import quote
 from tunesmith.data.report import DataReport, make_report
 from tunesmith.data.rules import contradiction, coverage, form, leakage, learning, safety, suspicion, targets
-from tunesmith.data.split import Split, split
+from tunesmith.data.split import Split, identify, split
 from tunesmith.recipe import Data
 from tunesmith.types import Finding
 
@@ -101,11 +102,10 @@ def _material(
     limit: int | None,
 ) -> Material:
     """Each source once: copies that a file's weight made are no duplicates."""
-    train = {row.source: i for i, row in reversed([*enumerate(rows.train)])}
-    first = np.array(sorted(train.values()), np.int64)
+    first = identify(rows.train)[2]
     numbers = np.concatenate([first, np.arange(len(rows.held_out)) + len(rows.train)]).astype(np.int64)
     return Material(
-        [rows.train[i] for i in first],
+        picked(rows.train, first),
         rows.held_out,
         rows.same[numbers],
         rows.near[numbers],
@@ -140,8 +140,9 @@ def _shapes(material: Material) -> dict[str, Any]:
 
 def _tokens(material: Material) -> list[dict[str, Any]]:
     """Rows as the model will see them, where there is a renderer to say."""
-    rows = [row for row in material.train if row.kind != "preference"]
-    return [] if material.renderer is None else token_rows(rows, material.renderer, material.data.train_on)
+    if material.renderer is None or any(row.kind == "preference" for row in material.train[:1]):
+        return []
+    return token_rows(material.train, material.renderer, material.data.train_on)
 
 
 def _histogram(sizes: list[int], train: int) -> list[dict[str, Any]]:

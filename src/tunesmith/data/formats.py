@@ -1,11 +1,11 @@
-"""The training and held-out rows of a recipe, read whole."""
+"""The training and held-out rows of a recipe, read and laid aside."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from tunesmith.data.files import bare_suffix, megabytes
+from tunesmith.data.files import bare_suffix
 from tunesmith.data.hub import PREFIX
 from tunesmith.data.interpret import (
     Format,
@@ -17,14 +17,13 @@ from tunesmith.data.interpret import (
     to_example,
     to_input,
 )
+from tunesmith.data.mapped import free_bytes, no_room, roomiest_folder
 from tunesmith.data.rows import Row, RowError
 from tunesmith.data.sources import read_rows
+from tunesmith.data.stored import stored
 from tunesmith.errors import InputError
 from tunesmith.recipe import Data, TrainFile
 from tunesmith.types import Example, Finding, Source
-
-MAX_TOTAL_BYTES = 2 * 2**30  # rows are held in memory once read
-ROW_OVERHEAD = 1000  # bytes a row takes in memory beside its text
 
 
 def silent(sentence: str) -> None:
@@ -37,8 +36,8 @@ def read_examples(
     faults: list[Finding] | None = None,
     say: Callable[[str], None] = silent,
     inputs: bool = False,
-) -> list[Example]:
-    """Every training row of the recipe's data section, in order.
+) -> Sequence[Example]:
+    """Every training row of the recipe's data section, in order, laid aside on disk.
 
     A bad row raises InputError; with `faults` given it is left out and a blocking Finding appended there instead.
     `say` is told in a sentence which format was found and why. A file of weight 2.5 gives each of its rows twice and
@@ -46,7 +45,7 @@ def read_examples(
     `inputs`: rows may leave the answer out (a teacher will give it).
     """
     reader = _Reader(data, faults, say, inputs)
-    return [example for file in data.train_files for example in reader.examples(file)]
+    return stored(pair for file in data.train_files for pair in reader.counted(file))
 
 
 def read_held_out(
@@ -55,15 +54,15 @@ def read_held_out(
     faults: list[Finding] | None = None,
     say: Callable[[str], None] = silent,
     inputs: bool = False,
-) -> list[Example] | None:
+) -> Sequence[Example] | None:
     """The rows of the held-out file, or None where `data.held_out` is a fraction. Raises InputError."""
     if not isinstance(data.held_out, str):
         return None
-    return list(_Reader(data, faults, say, inputs).examples(TrainFile(path=data.held_out, weight=1.0)))
+    return stored(_Reader(data, faults, say, inputs).counted(TrainFile(path=data.held_out, weight=1.0)))
 
 
 class _Reader:
-    """Reads files that must agree in their format, up to a total size."""
+    """Reads files that must agree in their format."""
 
     def __init__(
         self, data: Data, faults: list[Finding] | None, say: Callable[[str], None], inputs: bool = False
@@ -71,10 +70,10 @@ class _Reader:
         self._data, self._faults, self._say, self._inputs = data, faults, say, inputs
         self._format: Format | None = None if data.format == "auto" else data.format
         self._first: Source | None = None
-        self._size = 0
 
-    def examples(self, file: TrainFile) -> Iterator[Example]:
-        _refuse_huge(file)
+    def counted(self, file: TrainFile) -> Iterator[tuple[Example, int]]:
+        """Every row of a file, and how often it is taken."""
+        _refuse_without_room(file)
         rows = 0
         for row in read_rows(file.path):
             rows += 1
@@ -87,12 +86,7 @@ class _Reader:
                     raise
                 self._faults.append(as_finding(error))
                 continue
-            copies = _copies(example, file.weight)
-            if copies:
-                self._size += row.size + ROW_OVERHEAD
-                if self._size > MAX_TOTAL_BYTES:
-                    raise _too_much(file.path)
-            yield from [example] * copies
+            yield example, _copies(example, file.weight)
         if not rows:
             raise InputError("the file holds no rows; it needs at least one", file=file.path)
 
@@ -139,17 +133,9 @@ def _copies(example: Example, weight: float) -> int:
     return whole + (place < weight - whole)
 
 
-def _refuse_huge(file: TrainFile) -> None:
+def _refuse_without_room(file: TrainFile) -> None:
     """Refuse at once what would be refused after minutes of reading."""
     if file.path.startswith(PREFIX) or file.path.endswith(".gz") or bare_suffix(file.path) == ".parquet":
         return
-    if os.path.isfile(file.path) and os.path.getsize(file.path) * min(1.0, file.weight) > MAX_TOTAL_BYTES:
-        raise _too_much(file.path)
-
-
-def _too_much(path: str) -> InputError:
-    return InputError(
-        f"the rows would take more than {megabytes(MAX_TOTAL_BYTES)} of memory; take a share of the file by "
-        "train: [{path: …, weight: 0.1}]",
-        file=path,
-    )
+    if os.path.isfile(file.path) and os.path.getsize(file.path) * min(1.0, file.weight) > free_bytes(roomiest_folder()):
+        raise no_room()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from tunesmith.data.lazy import Lazy, joined
 from tunesmith.data.minhash import Labels
 from tunesmith.data.parts import answer_text, input_text, labels
 from tunesmith.recipe import Data
@@ -14,6 +15,9 @@ from tunesmith.types import Example, Source
 
 if TYPE_CHECKING:
     from tunesmith.chat.renderer import Renderer
+
+T = TypeVar("T")
+MOST_HELD = 100_000  # rows
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,16 @@ class Material:
     limit: int | None = None
 
     @cached_property
-    def rows(self) -> list[Example]:
-        return [*self.train, *self.held_out]
+    def rows(self) -> Sequence[Example]:
+        return _held(joined(self.train, self.held_out))
 
     @cached_property
-    def inputs(self) -> list[str]:
-        return [input_text(row) for row in self.rows]
+    def inputs(self) -> Sequence[str]:
+        return _held(Lazy(len(self.rows), lambda i: input_text(self.rows[i])))
 
     @cached_property
-    def answers(self) -> list[str]:
-        return [answer_text(row).strip() for row in self.rows]
+    def answers(self) -> Sequence[str]:
+        return _held(Lazy(len(self.rows), lambda i: answer_text(self.rows[i]).strip()))
 
     @cached_property
     def labels(self) -> list[str] | None:
@@ -67,3 +71,8 @@ class Material:
         """The rows that have one of these labels."""
         assert self.labels is not None
         return [row.source for row, label in zip(self.rows, self.labels, strict=True) if label in wanted]
+
+
+def _held(items: Sequence[T]) -> Sequence[T]:
+    """The rules look at every row a dozen times: so many are decoded once, of more each is decoded every time."""
+    return [*items] if len(items) <= MOST_HELD else items

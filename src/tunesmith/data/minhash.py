@@ -18,10 +18,13 @@ import hashlib
 import re
 import string
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
+
+from tunesmith.data.mapped import mapped_array, nameless_file, needs_room, scratch
 
 SIMILAR = 0.7
 BINS = 128
@@ -30,6 +33,7 @@ NEIGHBOURS = 6  # candidates taken a text and band, so that the cost stays linea
 BATCH = 2_000
 MOST_WORDS = 500_000  # remembered at once
 PLACES = 2**22  # counters for how many texts have an element
+AT_ONCE = 2**18  # elements, places or pairs
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0eff"  # written without spaces: a character is a word
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+|[^\w\s.,;:!?'\"]")
 # The same for ASCII text, in half the time: marks vanish, other signs stand alone, the rest is split at spaces.
@@ -52,28 +56,51 @@ class _WordHashes(dict[str, int]):
 class ShingleSets:
     """The sets of all texts as one array: text i has the sorted `hashes[starts[i]:starts[i+1]]`."""
 
-    def __init__(self, hashes: npt.NDArray[np.uint32], starts: Labels, frequency: Labels) -> None:
+    def __init__(self, hashes: npt.NDArray[np.uint32], starts: Labels) -> None:
         self.hashes, self.starts, self.count = hashes, starts, len(starts) - 1
+
+    @cached_property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """What each place weighs, by how many texts have it. [PLACES]"""
+        frequency = np.zeros(PLACES, np.uint32)
+        for first in range(0, len(self.hashes), AT_ONCE):
+            np.add.at(frequency, _place(self.hashes[first : first + AT_ONCE]), np.uint32(1))
         common, rare = max(0.5 * self.count, 8.0), max(0.05 * self.count, 4.0)
-        with np.errstate(divide="ignore"):
-            weight = np.log(common / frequency) / np.log(common / rare)
-        self._weights = np.clip(weight, 0.0, 1.0).astype(np.float32)  # [PLACES]
+        weights = np.empty(PLACES, np.float32)
+        for first in range(0, PLACES, AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            with np.errstate(divide="ignore"):
+                weights[some] = np.clip(np.log(common / frequency[some]) / np.log(common / rare), 0.0, 1.0)
+        return weights
 
     def of(self, texts: Labels) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32], Labels]:
         """The elements of some texts, their weights, and for each its place in `texts`. All [elements]"""
+        hashes, owner = self._elements(texts)
+        return hashes, self.weights[_place(hashes)], owner
+
+    def only(self, texts: Labels) -> ShingleSets:
+        """The sets of these texts, in this order."""
+        if len(texts) == self.count:
+            return self
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.starts[texts + 1] - self.starts[texts])])
+        hashes = scratch((int(starts[-1]),), np.uint32)
+        for first in range(0, len(texts), BATCH):
+            some = texts[first : first + BATCH]
+            hashes[starts[first] : starts[first + len(some)]] = self._elements(some)[0]
+        return ShingleSets(hashes, starts)
+
+    def _elements(self, texts: Labels) -> tuple[npt.NDArray[np.uint32], Labels]:
         sizes = self.starts[texts + 1] - self.starts[texts]
         owner = np.repeat(np.arange(len(texts)), sizes)
         offset = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        hashes = self.hashes[self.starts[texts][owner] + offset]
-        return hashes, self._weights[_place(hashes)], owner
+        return self.hashes[self.starts[texts][owner] + offset], owner
 
 
-def cluster_texts(texts: Iterable[str]) -> Labels:
+def cluster(sets: ShingleSets) -> Labels:
     """A cluster number for each text; near-duplicates (and their near-duplicates) share one. [texts]"""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    sets = shingle_sets(texts)
     count = sets.count
     labels = np.arange(count, dtype=np.int64)
     for left, right in candidate_pairs(signatures(sets), labels):
@@ -89,15 +116,14 @@ def shingle_sets(texts: Iterable[str]) -> ShingleSets:
     """Words and word pairs of every text, hashed to 32 bits."""
     lookup = _WordHashes()
     stream = iter(texts)
-    hashes: list[npt.NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
     sizes: list[Labels] = [np.zeros(1, np.int64)]
-    frequency = np.zeros(PLACES, np.int64)
-    while batch := list(islice(stream, BATCH)):
-        keys = _shingles([split_words(text) for text in batch], lookup)
-        hashes.append(keys.astype(np.uint32))
-        sizes.append(np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(batch)))
-        frequency += np.bincount(_place(hashes[-1]), minlength=PLACES)
-    return ShingleSets(np.concatenate(hashes), np.cumsum(np.concatenate(sizes)), frequency)
+    with nameless_file() as file:
+        while batch := list(islice(stream, BATCH)):
+            keys = _shingles([split_words(text) for text in batch], lookup)
+            with needs_room():
+                file.write(keys.astype(np.uint32).tobytes())
+            sizes.append(np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(batch)))
+        return ShingleSets(mapped_array(file, np.uint32), np.cumsum(np.concatenate(sizes)))
 
 
 def _shingles(rows: list[list[str]], lookup: _WordHashes) -> npt.NDArray[np.uint64]:
@@ -128,7 +154,7 @@ def split_words(text: str) -> list[str]:
 
 def signatures(sets: ShingleSets) -> npt.NDArray[np.uint32]:
     """MinHash signatures; all zero for a text without any element that counts. [texts, BINS]"""
-    codes = np.empty((sets.count, BINS), np.uint32)
+    codes = scratch((sets.count, BINS), np.uint32)
     for first in range(0, sets.count, BATCH):
         last = min(first + BATCH, sets.count)
         smallest = np.full((last - first, BINS), np.inf, np.float32)
@@ -165,23 +191,28 @@ def _fill_empty_bins(smallest: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32
 
 def candidate_pairs(codes: npt.NDArray[np.uint32], labels: Labels) -> Iterator[tuple[Labels, Labels]]:
     """For each band, pairs of texts that agree in it and have different labels when asked for."""
-    rows = np.flatnonzero(codes.any(axis=1))
+    rows = np.flatnonzero(codes.any(axis=1)).astype(np.int32)
     for first in range(0, BINS, ROWS_IN_BAND):
-        band = codes[rows, first : first + ROWS_IN_BAND].astype(np.uint64)
-        key = _mix_columns(band)
+        key = _band_keys(codes, rows, range(first, first + ROWS_IN_BAND))
         order = np.argsort(key, kind="stable")
         key, texts = key[order], rows[order]
+        del order
         for step in range(1, NEIGHBOURS + 1):
-            left, right = texts[:-step], texts[step:]
-            take = (key[:-step] == key[step:]) & (labels[left] != labels[right])
-            if take.any():
-                yield left[take], right[take]
+            for start in range(0, len(key) - step, AT_ONCE):
+                stop = min(start + AT_ONCE, len(key) - step)
+                take = start + np.flatnonzero(key[start:stop] == key[start + step : stop + step])
+                left, right = texts[take], texts[take + step]
+                apart = labels[left] != labels[right]
+                if apart.any():
+                    yield left[apart].astype(np.int64), right[apart].astype(np.int64)
 
 
-def _mix_columns(band: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    key = np.zeros(len(band), np.uint64)
-    for column in band.T:
-        key = (key ^ column) * np.uint64(0x100000001B3)  # FNV-1a's prime
+def _band_keys(
+    codes: npt.NDArray[np.uint32], rows: npt.NDArray[np.int32], columns: Iterable[int]
+) -> npt.NDArray[np.uint64]:
+    key = np.zeros(len(rows), np.uint64)
+    for column in columns:
+        key = (key ^ codes[rows, column]) * np.uint64(0x100000001B3)  # FNV-1a's prime
         key ^= key >> np.uint64(29)
     return key
 

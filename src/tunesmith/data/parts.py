@@ -10,6 +10,7 @@ from tunesmith.types import Example, Message
 
 LONGEST_LABEL = 60  # characters
 MOST_LABELS = 200
+FEWEST_A_LABEL = 5  # different inputs, on average
 STANDING_ROLES = ("system", "developer")
 
 
@@ -66,21 +67,21 @@ def _parsed(arguments: str) -> object:
         return arguments
 
 
-def distinct(examples: Sequence[Example]) -> list[Example]:
-    """The examples without the copies that a training file's weight made: one a source."""
-    return list({example.source: example for example in examples}.values())
-
-
 def labels(examples: Sequence[Example]) -> list[str] | None:
     """Each example's answer, where the answers are a few short labels; None for any other task.
 
     At most 200 labels of at most 60 characters (by the median), and five different inputs a label on average.
     """
-    answers = [answer_text(example).strip() for example in examples]
-    names = set(answers)
-    if not 2 <= len(names) <= MOST_LABELS or "" in names or any(name.startswith(("{", "[")) for name in names):
+    names: dict[str, str] = {}  # equal answers are one string, however many rows have them
+    different: set[int] = set()  # hashes of what is asked and answered
+    answers: list[str] = []
+    for example in examples:
+        answer = answer_text(example).strip()
+        if not answer or answer.startswith(("{", "[")) or len(names) > MOST_LABELS:
+            return None
+        answers.append(names.setdefault(answer, answer))
+        if len(different) < FEWEST_A_LABEL * MOST_LABELS:
+            different.add(hash((input_text(example), answer)))
+    if not 2 <= len(names) <= MOST_LABELS or len(different) < FEWEST_A_LABEL * len(names):
         return None
-    different = {(input_text(example), answer) for example, answer in zip(examples, answers, strict=True)}
-    if len(different) < 5 * len(names) or statistics.median(map(len, answers)) > LONGEST_LABEL:
-        return None
-    return answers
+    return answers if statistics.median(map(len, answers)) <= LONGEST_LABEL else None

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from tunesmith.data import wording
+from tunesmith.data.lazy import Lazy, picked
+from tunesmith.data.minhash import Labels
 from tunesmith.data.parts import STANDING_ROLES
+from tunesmith.data.stored import content_of
+from tunesmith.data.tokens import WHOLE, Made, remembered
 from tunesmith.errors import InputError
 from tunesmith.recipe import Data
 from tunesmith.types import Example, Message, Source, TokenizedExample
@@ -24,12 +33,14 @@ Rendered = tuple[Sequence[int], Sequence[float]]  # ids and weights
 class Tokenized:
     """Rows as the model will see them, and what `data.on_long` did to the rows over the limit.
 
+    `rows`: the row each sequence was made from, -1 for one that is mixed in. [sequences]
     `together`: so many consecutive sequences are one example: a preference's chosen answer, then its rejected one.
     """
 
-    examples: list[TokenizedExample]
-    dropped: tuple[Source, ...]
-    truncated: tuple[Source, ...]
+    examples: Sequence[TokenizedExample]
+    rows: Labels
+    dropped: Sequence[Source]
+    truncated: Sequence[Source]
     lost_answers: int  # earlier assistant turns that truncation cut off together with their questions
     together: int = 1
 
@@ -75,34 +86,76 @@ def tokenize(
     prompt and each of the answers. With `pieces` a text over the limit is as many sequences as it takes instead;
     with `strangers` a preference has a third one, its prompt with the next row's chosen answer, cut to the limit.
     """
-    found: list[TokenizedExample] = []
-    dropped: list[Source] = []
-    truncated: list[Source] = []
-    too_long: list[tuple[Source, int]] = []
-    lost_answers = 0
-    for example in examples:
-        rendered = render(example, renderer, data.train_on)
+    how = {"limit": limit, "train_on": data.train_on, "on_long": data.on_long, "pieces": pieces}
+    key = _key(examples, renderer, how)
+    found = remembered(key, lambda: _sequences(examples, renderer, data, limit, pieces=pieces))
+    left = np.zeros(len(examples), np.int8)
+    left[found.rows] = 1
+    cut, at = np.unique(found.rows[found.lost != WHOLE], return_index=True)
+    lost = int(found.lost[found.lost != WHOLE][at].sum())
+    dropped, truncated = (_sources(examples, which) for which in (np.flatnonzero(left == 0), cut))
+    together = 2 if examples[0].kind == "preference" else 1
+    if strangers:
+        triples = _with_strangers(found.sequences, limit)
+        return Tokenized(triples, np.repeat(found.rows[::2], 3), dropped, truncated, lost, 3)
+    return Tokenized(found.sequences, found.rows, dropped, truncated, lost, together)
+
+
+def _sequences(
+    examples: Sequence[Example], renderer: Renderer, data: Data, limit: int, *, pieces: bool
+) -> Iterator[Made]:
+    """Every example's sequences, one example after the other; what is wrong with some is raised at the end."""
+    too_long, untaught = array("q"), array("q")
+    first_length, found = 0, False
+    for row, example in enumerate(examples):
+        rendered, lost = render(example, renderer, data.train_on), WHOLE
         if pieces:
             rendered = [piece for ids, weights in rendered for piece in _pieces(ids, weights, limit)]
         length = longest(rendered)
         if length > limit and data.on_long == "error":
-            too_long.append((example.source, length))
-        elif length > limit and data.on_long == "drop":
-            dropped.append(example.source)
-        else:
-            if length > limit:
-                rendered, lost = _truncate(example, renderer, data, limit)
-                truncated.append(example.source)
-                lost_answers += lost
-            found.extend(_tokenized(example, ids, weights) for ids, weights in rendered)
-    _refuse_too_long(too_long, limit)
-    _refuse_untaught(examples, found)
+            first_length = first_length or length
+            too_long.append(row)
+        if length > limit and data.on_long != "truncate":
+            continue
+        if length > limit:
+            rendered, lost = _truncate(example, renderer, data, limit)
+        for ids, weights in rendered:
+            if not any(weights) and (not untaught or untaught[-1] != row):
+                untaught.append(row)
+            found = True
+            yield Made(
+                TokenizedExample(example.id, np.asarray(ids, np.int32), np.asarray(weights, np.float32)), row, lost
+            )
+    _refuse_too_long(_sources(examples, too_long), first_length, limit)
+    _refuse_untaught(_sources(examples, untaught))
     if not found:
         raise InputError(f"every row is longer than {limit} tokens, so none is left to train on; raise max_seq_len")
-    together = 2 if examples[0].kind == "preference" else 1
-    if strangers:
-        found, together = _with_strangers(found, limit), together + 1
-    return Tokenized(found, tuple(dropped), tuple(truncated), lost_answers, together)
+
+
+def _sources(examples: Sequence[Example], rows: Labels | array[int]) -> Sequence[Source]:
+    some = picked(examples, np.asarray(rows, np.int64))
+    return Lazy(len(some), lambda i: some[i].source)
+
+
+def _key(examples: Sequence[Example], renderer: Renderer, how: dict[str, Any]) -> str | None:
+    """All that decides the sequences, as a hash: rows in their order, tokenizer, template, options, this program."""
+    speaks = renderer.fingerprint
+    if speaks is None:
+        return None
+    digest = hashlib.sha256(json.dumps([_program(), speaks, how]).encode())
+    for example in examples:
+        digest.update(f"{example.id} {example.kind} {content_of(example, columns=False)}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def _program() -> str:
+    """A hash of the code that makes token ids of rows, so that another version never takes what this one made."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *(here.parent / "chat").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def render(example: Example, renderer: Renderer, train_on: TrainOn) -> list[Rendered]:
@@ -145,16 +198,20 @@ def _continued(example: Example, answer: tuple[Message, ...], renderer: Renderer
     return found[0]
 
 
-def _with_strangers(found: list[TokenizedExample], limit: int) -> list[TokenizedExample]:
+def _with_strangers(found: Sequence[TokenizedExample], limit: int) -> Lazy[TokenizedExample]:
     """Chosen, rejected, ... -> chosen, rejected, stranger, ...: the prompt with the next row's chosen answer."""
-    triples: list[TokenizedExample] = []
-    for i in range(0, len(found), 2):
-        chosen, rejected, other = found[i], found[i + 1], found[(i + 2) % len(found)]
+
+    def sequence(i: int) -> TokenizedExample:
+        pair, which = divmod(i, 3)
+        if which < 2:
+            return found[2 * pair + which]
+        chosen, other = found[2 * pair], found[2 * (pair + 1) % len(found)]
         asked, said = (int(np.flatnonzero(each.weights)[0]) for each in (chosen, other))
         ids = np.concatenate((chosen.input_ids[:asked], other.input_ids[said:]))[:limit]
         weights = np.concatenate((chosen.weights[:asked], other.weights[said:]))[:limit]
-        triples += [chosen, rejected, TokenizedExample(chosen.example_id, ids, weights)]
-    return triples
+        return TokenizedExample(chosen.example_id, ids, weights)
+
+    return Lazy(len(found) // 2 * 3, sequence)
 
 
 def _pieces(ids: Sequence[int], weights: Sequence[float], limit: int) -> list[Rendered]:
@@ -165,10 +222,6 @@ def _pieces(ids: Sequence[int], weights: Sequence[float], limit: int) -> list[Re
 
 def longest(rendered: Iterable[Rendered]) -> int:
     return max((len(ids) for ids, _ in rendered), default=0)
-
-
-def _tokenized(example: Example, ids: Sequence[int], weights: Sequence[float]) -> TokenizedExample:
-    return TokenizedExample(example.id, np.asarray(ids, np.int32), np.asarray(weights, np.float32))
 
 
 def _truncate(example: Example, renderer: Renderer, data: Data, limit: int) -> tuple[list[Rendered], int]:
@@ -230,27 +283,25 @@ def _or_refuse(rendered: list[Rendered], example: Example, limit: int) -> list[R
     )
 
 
-def _refuse_too_long(rows: list[tuple[Source, int]], limit: int) -> None:
+def _refuse_too_long(rows: Sequence[Source], length: int, limit: int) -> None:
+    """`length`: of the first of them, in tokens."""
     if not rows:
         return
-    source, length = rows[0]
-    more = f" ({len(rows)} rows are over it: {wording.places([row for row, _ in rows])})" if len(rows) > 1 else ""
+    more = f" ({len(rows)} rows are over it: {wording.places(rows)})" if len(rows) > 1 else ""
     raise InputError(
         f"the row has {length} tokens and the limit is {limit}{more}; shorten it, raise max_seq_len, "
         "or set on_long to drop or truncate",
-        file=source.file,
-        line=source.line,
+        file=rows[0].file,
+        line=rows[0].line,
     )
 
 
-def _refuse_untaught(examples: Sequence[Example], found: list[TokenizedExample]) -> None:
+def _refuse_untaught(rows: Sequence[Source]) -> None:
     """A sequence that trains nothing is a mistake in its row's weights or its template, never a choice."""
-    untaught = {each.example_id for each in found if not each.weights.any()}
-    idle = [each.source for each in examples if each.id in untaught]
-    if idle:
+    if rows:
         raise InputError(
-            f"no token of the row would be trained on ({wording.rows(idle)} in all: {wording.places(idle)}); "
+            f"no token of the row would be trained on ({wording.rows(rows)} in all: {wording.places(rows)}); "
             "give an assistant message weight 1, or remove the row",
-            file=idle[0].file,
-            line=idle[0].line,
+            file=rows[0].file,
+            line=rows[0].line,
         )

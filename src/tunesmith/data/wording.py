@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from tunesmith.types import Source
 
@@ -27,7 +28,8 @@ def rows(found: Sequence[object]) -> str:
 def places(sources: Sequence[Source]) -> str:
     """The first few lines of the first file: `a.jsonl lines 3, 7 and 12 more`."""
     first = sources[0].file
-    return f"{first} {lines([source.line for source in sources if source.file == first], of=len(sources))}"
+    shown = islice((source.line for source in sources if source.file == first), LINES_NAMED)
+    return f"{first} {lines([*shown], of=len(sources))}"
 
 
 def lines(numbers: Sequence[int], *, of: int | None = None) -> str:

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunesmith.data.items import items as items_of
+from tunesmith.data.lazy import picked
 from tunesmith.data.parts import answer_text
 from tunesmith.data.prompts import read_prompt
 from tunesmith.engine.completer import PromptRenderer
@@ -133,9 +136,9 @@ def answer_budget(recipe: Recipe, train: Sequence[Example], renderer: PromptRend
     """Tokens an answer may have: prove.max_new_tokens, or 1.25 times the training answers' 99th percentile and 8."""
     if recipe.prove.max_new_tokens != "auto":
         return recipe.prove.max_new_tokens
-    answers = [answer for answer in map(answer_text, train) if answer.strip()]
-    step = max(1, len(answers) // MEASURED_ANSWERS)
-    lengths = sorted(len(renderer.completion_prompt_ids(answer)) for answer in answers[::step])
+    some = np.flatnonzero(np.fromiter((bool(answer_text(row).strip()) for row in train), bool, len(train)))
+    answers = map(answer_text, picked(train, some[:: max(1, len(some) // MEASURED_ANSWERS)]))
+    lengths = sorted(len(renderer.completion_prompt_ids(answer)) for answer in answers)
     longest = lengths[math.ceil(0.99 * len(lengths)) - 1] if lengths else 256
     return round(longest * 1.25) + 8
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tunesmith.data.batches import Layout, make_step
+from tunesmith.data.lazy import Lazy
 from tunesmith.disk import flush, os_errors
 from tunesmith.train import parallel
 from tunesmith.train.forward import Batch, Body
@@ -103,17 +104,19 @@ def _visit(
     body.model.eval()  # no dropout
     with torch.no_grad():
         for start in range(0, len(placed), size):
-            accumulate(body, make_step(0, 0.0, placed[start : start + size], layout), note, backward=False)
+            accumulate(body, make_step(0, 0.0, [*placed[start : start + size]], layout), note, backward=False)
             advance(min(start + size, len(placed)) // layout.together, len(placed) // layout.together)
     body.model.train(training)
 
 
-def with_columns(sequences: Sequence[TokenizedExample], columns: Columns) -> list[TokenizedExample]:
+def with_columns(sequences: Sequence[TokenizedExample], columns: Columns) -> Lazy[TokenizedExample]:
     """The sequences, each with its row of the columns."""
-    return [
-        replace(each, columns={**each.columns, **{name: values[i] for name, values in columns.items()}})
-        for i, each in enumerate(sequences)
-    ]
+
+    def sequence(i: int) -> TokenizedExample:
+        each = sequences[i]
+        return replace(each, columns={**each.columns, **{name: values[i] for name, values in columns.items()}})
+
+    return Lazy(len(sequences), sequence)
 
 
 def save_columns(path: Path, columns: Columns, of: str = "") -> None:

@@ -227,7 +227,7 @@ def _seconds_per_token(
             began = time.perf_counter()
             columns = annotate(body, trial.examples, layout, lambda done, total: None)
             before = time.perf_counter() - began
-            trial = make_step(0, 0.0, with_columns(trial.examples, columns), layout)
+            trial = make_step(0, 0.0, [*with_columns(trial.examples, columns)], layout)
         began = time.perf_counter()
         accumulate(body, trial, loss)
         seconds = time.perf_counter() - began
