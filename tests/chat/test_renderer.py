@@ -137,6 +137,18 @@ def test_the_prompt_is_what_transformers_gives_other_servers(name) -> None:
     assert Renderer.from_tokenizer(tokenizer).prompt_ids(TWO_TURNS[:3]) == theirs
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_tokenizer_that_cuts_and_fills_up_does_neither_here(split: bool) -> None:
+    """tokenizer.json may say both; transformers ignores them in a call without options."""
+    tokenizer = byte_level("chatml")
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    tokenizer.split_special_tokens = split
+    theirs = tokenizer.apply_chat_template(TWO_TURNS[:3], add_generation_prompt=True, return_dict=False)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=4)
+    tokenizer.backend_tokenizer.enable_padding(length=400)
+    assert Renderer.from_tokenizer(tokenizer).prompt_ids(TWO_TURNS[:3]) == theirs
+
+
 def test_train_on() -> None:
     renderer = Renderer.from_tokenizer(tokenizer_of("chatml"))
     [(ids, every)] = renderer.chat_example(TWO_TURNS)

@@ -80,7 +80,7 @@ def recipe(folder: Path, objective: str, *overrides: str, data: str = "inputs.js
     (folder / "taught.yaml").write_text(
         f"base: base\ndata: {{train: {data}, held_out: 0.5}}\n"
         f"objective: {objective}\n"
-        "train: {max_steps: 12, batch_examples: 4, lr: 1.0e-2, eval_every: 6}\n"
+        "train: {max_steps: 24, batch_examples: 4, lr: 1.0e-2, eval_every: 12}\n"
         "prove: {few_shot: 2, max_new_tokens: 8, retention: false, scorers: [chrf]}\n"
         "runtime: {memory_limit: 4GB}\n"
     )
@@ -133,7 +133,7 @@ def test_a_plan_asks_a_few_and_leaves_nothing_behind(folder: Path, monkeypatch: 
     before = sorted(folder.iterdir())
     planned = tunesmith.plan(recipe(folder, COMPRESS))
     assert len(asked) == TRIED
-    assert planned.estimate.steps == 12
+    assert planned.estimate.steps == 24
     assert sorted({*folder.iterdir()} - {*before}) in ([], [folder / "taught.yaml"])
     with pytest.raises(InputError, match="--data-need"):
         tunesmith.plan(recipe(folder, COMPRESS), data_need=True)
@@ -299,4 +299,4 @@ def test_a_run_that_was_better_before_its_end_says_so(folder: Path, monkeypatch:
     reporter = Reporter()
     reporter.say = said.append  # type: ignore[method-assign]
     tunesmith.train(recipe(folder, "{kind: sft}", data="red.jsonl"), folder / "late", reporter=reporter)
-    assert any("at their best after step 6 of 12" in each for each in said)
+    assert any("at their best after step 12 of 24" in each for each in said)

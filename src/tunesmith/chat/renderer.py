@@ -57,6 +57,7 @@ class Renderer:
                 "name one as eos_token in its tokenizer_config.json"
             )
         self._tokenizer = tokenizer
+        self._backend = _whole_texts(tokenizer)
         self._template = template
         self._default_system = default_system
         self._before, self._joins_with_space = _habits(tokenizer)
@@ -99,12 +100,11 @@ class Renderer:
     @property
     def fingerprint(self) -> str | None:
         """SHA-256 of all that decides which ids a text becomes; None for a tokenizer that can't be written out."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             return None
         versions = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
         marks = [str(self._tokenizer.special_tokens_map), self._tokenizer.split_special_tokens, sorted(self.stop_ids)]
-        facts = [backend.to_str(), marks, versions, self.template, self._default_system]
+        facts = [self._backend.to_str(), marks, versions, self.template, self._default_system]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -251,7 +251,9 @@ class Renderer:
         return [{"role": "system", "content": self._default_system}, *messages]
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if self._backend is None:
+            return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _encode_after(self, text: str) -> list[int]:
         """Tokens of a text that follows other text: SentencePiece puts a space before a text only at its very start."""
@@ -268,6 +270,17 @@ class Renderer:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _whole_texts(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The Rust tokenizer inside, where there is one, set to cut and fill up nothing, as transformers sets it for a call
+    without options; asked directly it takes half the time. None where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def answer_text(message: Message, prompt: str, finished: str) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS, BATCH_BYTES = 4_096, 8 * 2**20  # a batch of an Arrow file is closed at either
+SMALL = 2**16  # bytes, for which no file is made
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -78,13 +79,15 @@ def map_file(file: IO[bytes], *, write: bool = False) -> mmap.mmap:
 
 
 def scratch(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array of zeros in a nameless file. Raises InputError where the disk has no room for it."""
+    """An array of zeros, in a nameless file unless it is small. Raises InputError where the disk has no room for it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if not size:
+    if size <= SMALL:
         return np.zeros(shape, dtype)
     with nameless_file() as file:
         with needs_room():
-            os.posix_fallocate(file.fileno(), 0, size)  # a hole that can't be filled later would kill the process
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)  # a hole that can't be filled later would kill the process
+            file.truncate(size)
         return np.frombuffer(map_file(file, write=True), dtype).reshape(shape)
 
 
