@@ -193,7 +193,7 @@ def prove(
         report = report_from_items(run.items)
         write_report(report, run.report)
     elif method_of(recipe.objective).has_answers:
-        with stopping_proof(run):
+        with stopping_proof(run, overrides):
             report = prove_run(run, recipe, reporter)
     else:
         raise InputError(_loss_sentence(run), file=run.folder)

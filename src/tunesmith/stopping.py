@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -37,12 +37,16 @@ def resume_command(run: Run) -> str:
 
 
 @contextmanager
-def stopping_proof(run: Run) -> Iterator[None]:
-    """Turn a signal during the proof into a sentence. Training is done, and answers given so far are remembered."""
+def stopping_proof(run: Run, overrides: Sequence[str]) -> Iterator[None]:
+    """Turn a signal during the proof into a sentence. Training is done, and answers given so far are remembered.
+
+    `overrides` of the recipe are part of the command that goes on.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        command = f"tunesmith prove {shlex.quote(str(run.folder))}"
+        settings = [word for override in overrides for word in ("--set", override)]
+        command = shlex.join(["tunesmith", "prove", str(run.folder), *settings])
         raise InterruptedRun(f"stopped while proving; continue with:\n  {command}") from None
 
 

@@ -78,3 +78,17 @@ def test_a_stopped_proof_goes_on_where_it_was(
     assert go_on(str(stopped.value), monkeypatch) == f"tunesmith prove {done.folder}"
     assert asked == [items]  # the second contender's: neither the first's nor what wordings were chosen by
     assert done.report.exists()
+
+
+def test_a_stopped_proof_goes_on_with_what_it_was_told(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tunesmith.train(recipe, tmp_path / "run")
+    monkeypatch.setattr(EngineModel, "answer", lambda *asked: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(InterruptedRun) as stopped:
+        tunesmith.prove(tmp_path / "run", overrides=["prove.contenders=[prompt, tuned]", "prove.few_shot=1"])
+    command = shlex.split(str(stopped.value).rpartition("\n")[2])
+    assert command == [
+        *("tunesmith", "prove", str(tmp_path / "run")),
+        *("--set", "prove.contenders=[prompt, tuned]", "--set", "prove.few_shot=1"),
+    ]
