@@ -166,7 +166,7 @@ def test_a_full_disk_is_a_sentence_and_in_writing_leaves_nothing(tmp_path, rende
     assert [*cache.iterdir()] == []
     monkeypatch.setattr(mapped.os, "posix_fallocate", full_disk)
     with pytest.raises(InputError, match="no room"):
-        mapped.scratch((10,), np.uint32)
+        mapped.scratch((mapped.SMALL,), np.uint32)
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, renderer, cache, monkeypatch):
