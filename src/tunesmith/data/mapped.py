@@ -6,7 +6,9 @@ process, however it ends.
 
 from __future__ import annotations
 
+import bisect
 import errno
+import itertools
 import math
 import mmap
 import os
@@ -136,15 +138,15 @@ class ArrowTable:
 
         reader = pa.ipc.open_file(pa.py_buffer(mapping))
         self.batches: list[list[Any]] = [reader.get_batch(i).columns for i in range(reader.num_record_batches)]
-        self._ends = np.cumsum([len(columns[0]) for columns in self.batches], dtype=np.int64)
+        self._starts = [0, *itertools.accumulate(len(columns[0]) for columns in self.batches)]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
         """Which batch a row is in, and where in it."""
-        batch = int(self._ends.searchsorted(row, side="right"))
-        return batch, row - (int(self._ends[batch - 1]) if batch else 0)
+        batch = bisect.bisect_right(self._starts, row) - 1
+        return batch, row - self._starts[batch]
 
     def column(self, number: int) -> npt.NDArray[Any]:
         """A column of numbers. [rows]"""

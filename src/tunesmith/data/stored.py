@@ -22,17 +22,16 @@ def stored(counted: Iterable[tuple[Example, int]]) -> Sequence[Example]:
     """
     import pyarrow as pa
 
-    text, number = pa.string(), pa.int64()
-    schema = pa.schema([("id", text), ("file", text), ("line", number), ("kind", text), ("row", text)])
     numbers, count = array("q"), 0
     with nameless_file() as file:
-        writer = ArrowWriter(file, schema)
+        writer = ArrowWriter(file, pa.schema([("row", pa.string())]))
         for example, copies in counted:
             if copies:
-                content = content_of(example, columns=True)
+                source = example.source
+                place = json.dumps([example.id, source.file, source.line, example.kind])
+                content = f"[{place}, {content_of(example, columns=True)}]"
                 with needs_room():
-                    source = example.source
-                    writer.add(len(content), example.id, source.file, source.line, example.kind, content)
+                    writer.add(len(content), content)
                 numbers.extend([count] * copies)
                 count += 1
         with needs_room():
@@ -52,8 +51,7 @@ def content_of(example: Example, *, columns: bool) -> str:
 
 def _example(table: ArrowTable, number: int) -> Example:
     batch, row = table.place(number)
-    id, file, line, kind, content = (column[row].as_py() for column in table.batches[batch])
-    parts = json.loads(content)
+    (id, file, line, kind), parts = json.loads(table.batches[batch][0][row].as_py())
     for name in TURNS & parts.keys():
         parts[name] = tuple(parts[name])
     return Example(id, Source(file, line), kind, **parts)
