@@ -34,7 +34,7 @@ def hub_rows(address: str) -> Iterator[Row]:
     try:
         rows = load_dataset(match["name"], split=match["split"] or "train", streaming=True)
         for number, fields in enumerate(rows, start=1):
-            yield Row(_plain(fields), Source(address, number), 0)
+            yield Row(_plain(fields), Source(address, number))
     except (OSError, ValueError, RuntimeError) as error:  # datasets and huggingface_hub derive theirs from these
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the hub data set cannot be read ({what})", file=address) from None

@@ -53,10 +53,10 @@ def _elements(text: _Scanner) -> Iterator[Row | RowError]:
         return
     while True:
         number += 1
-        value, size = text.value()
+        value = text.value()
         source = Source(text.path, number)
         if isinstance(value, dict):
-            yield Row(value, source, size)
+            yield Row(value, source)
         else:
             yield RowError("this element of the array is not an object", rule="broken-json", source=source)
         if text.take("]"):
@@ -68,9 +68,9 @@ def _elements(text: _Scanner) -> Iterator[Row | RowError]:
 def _members(text: _Scanner) -> Iterator[Row | RowError]:
     """`{"version": 1, "data": [...]}` gives the rows of "data"; any other object is one row."""
     fields: dict[str, Any] = {}
-    found, size = False, 0
+    found = False
     while not text.take("}"):
-        key, _ = text.value()
+        key = text.value()
         if not isinstance(key, str) or not text.take(":"):
             text.fail('expecting a key such as "data" and a colon')
         if key in fields or (found and key == "data"):
@@ -79,12 +79,11 @@ def _members(text: _Scanner) -> Iterator[Row | RowError]:
             found = True
             yield from _elements(text)
         else:
-            fields[key], length = text.value()
-            size += length
+            fields[key] = text.value()
         if not text.take(",") and text.peek() != "}":
             text.fail("expecting , or }")
     if not found:
-        yield Row(fields, Source(text.path, 1), size)
+        yield Row(fields, Source(text.path, 1))
 
 
 class _Scanner:
@@ -112,8 +111,8 @@ class _Scanner:
         self._at += 1
         return True
 
-    def value(self) -> tuple[Any, int]:
-        """The next JSON value and its length in characters. Raises InputError."""
+    def value(self) -> Any:
+        """The next JSON value. Raises InputError."""
         self.peek()
         tried = 0
         while True:
@@ -125,8 +124,8 @@ class _Scanner:
                     self._fail_at(error)
             else:
                 if whole or isinstance(value, (dict, list, str)) or end < len(self._text):
-                    size, self._at = end - self._at, end  # a number at the edge may go on: 12 of 123
-                    return value, size
+                    self._at = end  # a number at the edge may go on: 12 of 123
+                    return value
             # Perhaps the value isn't whole yet. Doubling what is read keeps the retries linear in its size.
             tried = max(PIECE, 2 * tried)
             if len(self._text) - self._at > MAX_ROW_BYTES:

@@ -67,4 +67,4 @@ def jsonl_rows(path: str) -> Iterator[Row | RowError]:
         elif line[1].strip():
             source = Source(path, line[0])
             found = parse_object(line[1], source)
-            yield found if isinstance(found, RowError) else Row(found, source, len(line[1]))
+            yield found if isinstance(found, RowError) else Row(found, source)

@@ -20,8 +20,7 @@ class RowError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The columns of one row, not yet interpreted. `size` is its length in bytes where it was read."""
+    """The columns of one row, not yet interpreted."""
 
     fields: Mapping[str, Any]
     source: Source
-    size: int

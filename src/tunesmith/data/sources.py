@@ -56,8 +56,7 @@ def paragraph_rows(path: str) -> Iterator[Row | RowError]:
 
 
 def _paragraph(lines: list[str], path: str, start: int) -> Row:
-    text = "\n".join(lines)
-    return Row({"text": text}, Source(path, start), len(text))
+    return Row({"text": "\n".join(lines)}, Source(path, start))
 
 
 READERS: dict[str, Callable[[str], Iterator[Row | RowError]]] = {

@@ -37,7 +37,7 @@ def csv_rows(path: str, delimiter: str = ",") -> Iterator[Row | RowError]:
         if names is None:
             names = _column_names(cells, path, start)
         elif len(cells) == len(names):
-            yield Row(dict(zip(names, cells, strict=True)), Source(path, start), lines.size)
+            yield Row(dict(zip(names, cells, strict=True)), Source(path, start))
         else:
             yield RowError(
                 f"the row has {len(cells)} cells and the header {len(names)}; quote cells that hold a {delimiter!r}",
@@ -86,10 +86,9 @@ def parquet_rows(path: str) -> Iterator[Row | RowError]:
     with _seekable(path) as file:
         try:
             for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=PARQUET_BATCH):
-                size = batch.nbytes // max(1, batch.num_rows)
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(_without_nulls(fields), Source(path, number), size)
+                    yield Row(_without_nulls(fields), Source(path, number))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             what = str(error).splitlines()[0]
             raise InputError(f"the Parquet data cannot be read ({what}); write the file again", file=path) from None
