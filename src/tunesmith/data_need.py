@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batches import Step, StepPlan, count_steps, epoch_order, make_step
+from tunesmith.data.lazy import evenly
 from tunesmith.errors import InputError
 from tunesmith.fitting import learning_rate
 from tunesmith.preparation import Prepared
@@ -42,7 +43,7 @@ def measure_need(ready: Prepared, trainable: Trainable, reporter: Reporter) -> N
     """Train on an eighth, a quarter, a half and all of the rows. Raises InputError where there are too few."""
     began = time.monotonic()
     rows = _rows(ready)
-    held_out = _spread(ready.held_out.examples if ready.held_out is not None else [], LOSS_ROWS)
+    held_out = [*evenly(ready.held_out.examples if ready.held_out is not None else [], LOSS_ROWS)]
     if not held_out:
         raise InputError("--data-need measures on held-out rows and there are none; set data.held_out to a fraction")
     settings = ready.recipe.train
@@ -78,11 +79,6 @@ def _rows(ready: Prepared) -> list[list[TokenizedExample]]:
         )
     found = list(rows.values())
     return [found[i] for i in epoch_order(len(found), 0, ready.recipe.train.seed, shuffle=True)]
-
-
-def _spread(examples: Sequence[TokenizedExample], most: int) -> list[TokenizedExample]:
-    count = min(most, len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 class _Shares:

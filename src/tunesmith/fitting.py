@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.chat.display import coloured
 from tunesmith.data.batches import StepPlan, make_step
-from tunesmith.data.lazy import Lazy, joined, picked
+from tunesmith.data.lazy import Lazy, evenly, joined, picked
 from tunesmith.disk import flush, flush_all
 from tunesmith.errors import InterruptedRun, RefusedError
 from tunesmith.lineage import lineage_of, resumed
@@ -140,8 +140,7 @@ def base_losses(ready: Prepared, trainable: Trainable) -> tuple[list[Example], l
         return [], []
     train = ready.train
     own = np.flatnonzero(train.rows >= 0)  # without what is replayed
-    count = min(len(own), max(1, LOSS_TOKENS * len(own) // train.tokens))
-    sample = own[np.arange(count) * len(own) // count]
+    sample = own[[*evenly(range(len(own)), max(1, LOSS_TOKENS * len(own) // train.tokens))]]
     losses = row_losses(trainable.body, [*picked(train.examples, sample)], trainable.layout)
     return [*picked(ready.split.train, train.rows[sample])], losses.tolist()
 

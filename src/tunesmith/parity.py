@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tunesmith.chat.renderer import Renderer
-from tunesmith.data.lazy import Lazy
+from tunesmith.data.lazy import Lazy, evenly
 from tunesmith.data.parts import asked_turns
 from tunesmith.data.tokenize import render
 from tunesmith.engine.engine import Engine
@@ -124,8 +124,7 @@ def sample_rows(ready: Prepared) -> list[Row]:
     side = ready.split.held_out or ready.split.train
     rendered = Lazy(len(side), lambda i: _rendered(ready.renderer, side[i], ready.limit))
     fit = [i for i, row in enumerate(rendered) if len(row.prompt_ids) + len(row.answer_ids) <= ready.limit]
-    count = min(ROWS, len(fit))
-    return [rendered[fit[i * len(fit) // count]] for i in range(count)]
+    return [rendered[i] for i in evenly(fit, ROWS)]
 
 
 @torch.no_grad()

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tunesmith.data.items import items
-from tunesmith.data.lazy import picked
+from tunesmith.data.lazy import evenly
 from tunesmith.data.schema import load_schema
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.opening import AnyEngine, engine_over, open_engine
@@ -25,7 +23,7 @@ from tunesmith.prove.answering import Weights
 from tunesmith.prove.contenders import TUNED, earlier_names, no_contender
 from tunesmith.prove.proving import Options, Voices, answer_budget, prove_items
 from tunesmith.prove.report import Report
-from tunesmith.prove.sample import sample_items, score_sample
+from tunesmith.prove.sample import score_sample
 from tunesmith.prove.scorers import Scorer
 from tunesmith.prove.scoring import choose_scorers, needs_model
 from tunesmith.prove.task import detect_task
@@ -106,27 +104,22 @@ def sample_scorer(ready: Prepared, lora: LoraModel, adapter: str | None, rows: i
         return None
     engine = engine_over(base, lora, ready.renderer, memory_limit=SAMPLE_MEMORY)
     budget = answer_budget(ready.recipe, ready.split.train, ready.renderer)
-    sample = sample_items(_with_answer(_some(ready.split.held_out)), rows)
+    sample = [*evenly(_answered(ready.split.held_out), rows)]
     return SampleScorer(scorer.name, sample, budget, scorer, lora, Weights(engine, adapter))
 
 
 def _main_scorer(ready: Prepared) -> Scorer | None:
     """None without a held-out row that has an answer, and for a scorer that needs another model."""
-    recipe, held_out = ready.recipe, _with_answer(_some(ready.split.held_out))
+    recipe, held_out = ready.recipe, _answered(ready.split.held_out)
     if not held_out or needs_model(recipe.prove.scorers):
         return None
-    task = detect_task([*_with_answer(_some(ready.split.train)), *held_out], _schema(recipe))
+    task = detect_task([*_answered(ready.split.train), *held_out], _schema(recipe))
     return choose_scorers(recipe.prove.scorers, task)[0]
 
 
-def _some(examples: Sequence[Example]) -> Sequence[Example]:
-    """All of the rows, or TASK_ROWS of them, evenly chosen: they are held in memory."""
-    count = min(TASK_ROWS, len(examples))
-    return picked(examples, np.arange(count) * len(examples) // max(1, count))
-
-
-def _with_answer(examples: Sequence[Example]) -> list[Item]:
-    return [item for item in items(examples) if (item.expected or "").strip()]
+def _answered(examples: Sequence[Example]) -> list[Item]:
+    """The items with an answer, of at most TASK_ROWS of the rows: they are held in memory."""
+    return [item for item in items(evenly(examples, TASK_ROWS)) if (item.expected or "").strip()]
 
 
 def earlier(recipe: Recipe) -> dict[str, Located]:

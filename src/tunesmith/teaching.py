@@ -22,6 +22,7 @@ import numpy as np
 from tunesmith.chat.renderer import Renderer
 from tunesmith.data.batches import epoch_order
 from tunesmith.data.items import items
+from tunesmith.data.lazy import evenly
 from tunesmith.data.parts import answer_text, asked_turns
 from tunesmith.data.prompts import with_prompt
 from tunesmith.data.schema import load_schema
@@ -69,7 +70,7 @@ def teach(
     max_tokens = answer_budget(recipe, rows.train or rows.held_out, renderer)
     teacher = teacher_of(recipe, base, renderer, max_tokens)
     train = _seen(rows.train, recipe)
-    held_out = _spread([row for row in rows.held_out if row.kind != "input"], HELD_OUT)
+    held_out = [*evenly([row for row in rows.held_out if row.kind != "input"], HELD_OUT)]
     held_out += [row for row in rows.held_out if row.kind == "input"]
     reporter.stage(f"answers by {teacher.name}")
     asked = {row.id: row for row in (*train, *held_out) if teacher.every_row or row.kind == "input"}
@@ -113,16 +114,11 @@ def _seen(rows: Sequence[Example], recipe: Recipe) -> list[Example]:
     return [rows[i] for i in np.sort(order[:count])]
 
 
-def _spread(rows: Sequence[Example], most: int) -> list[Example]:
-    count = min(most, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 def _ask(teacher: Teacher, rows: Sequence[Example], run: Run | None, reporter: Reporter) -> dict[str, Reply]:
     """The teacher's reply to each row, by the row's id."""
     if run is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
-    tried = rows if run is not None else _spread(rows, TRIED)
+    tried = rows if run is not None else evenly(rows, TRIED)
     cache, began = ReplyCache(None if run is None else run.replies), time.monotonic()
     replies: list[Reply] = []
     for start in range(0, len(tried), AT_ONCE):

@@ -11,7 +11,7 @@ from data_rows import chat, recipe_data, varied, write_jsonl
 
 from tunesmith.data import mapped
 from tunesmith.data.formats import read_examples
-from tunesmith.data.lazy import Lazy, joined
+from tunesmith.data.lazy import Lazy, evenly, joined
 from tunesmith.data.stored import stored
 from tunesmith.errors import InputError
 from tunesmith.types import Example, Source
@@ -90,6 +90,9 @@ def test_lazy_sequences_are_sequences():
     some = Lazy(5, str)
     assert ([*some], some[-1], [*some[1:4:2]], [*some[::-1]]) == ([*"01234"], "4", ["1", "3"], [*"43210"])
     assert [*joined(some, ["x"])] == [*"01234x"]
+    assert [*evenly("abcde", 2)] == ["a", "c"]
+    assert [*evenly("ab", 5)] == ["a", "b"]
+    assert [*evenly("", 3)] == []
     with pytest.raises(IndexError):
         some[5]
 

@@ -10,6 +10,7 @@ import pytest
 
 from contract import ITEM_FIELDS
 from fakes import FakeEngine, chat_row
+from tunesmith.data.lazy import evenly
 from tunesmith.errors import InputError
 from tunesmith.prove.answering import Weights
 from tunesmith.prove.compare import compare_reports
@@ -17,7 +18,7 @@ from tunesmith.prove.compare_page import render_comparison
 from tunesmith.prove.proving import Options, Voices, prove_items
 from tunesmith.prove.report import report_from_items
 from tunesmith.prove.rows import read_rows
-from tunesmith.prove.sample import sample_items, score_sample
+from tunesmith.prove.sample import score_sample
 from tunesmith.prove.scorers import exact_match
 from tunesmith.recipe import Data, Prove, Recipe
 
@@ -297,7 +298,7 @@ def test_a_sample_is_scored_during_training():
     from tunesmith.data.items import items
 
     fake = engine({"tuned": 0.9})
-    sample = sample_items(items(HELD_OUT), 24)
+    sample = [*evenly(items(HELD_OUT), 24)]
     weights = Weights(fake, "tuned", "moving")
     scores = score_sample(weights, sample, exact_match(), max_tokens=64)
     assert len(scores) == 24

@@ -41,6 +41,12 @@ def picked(items: Sequence[T], numbers: npt.NDArray[np.int64]) -> Lazy[T]:
     return Lazy(len(numbers), lambda i: items[int(numbers[i])])
 
 
+def evenly(items: Sequence[T], most: int) -> Lazy[T]:
+    """At most so many of the items, spread evenly over them: 2 of a b c d e are a and c."""
+    count = min(most, len(items))
+    return Lazy(count, lambda i: items[i * len(items) // count])
+
+
 def joined(first: Sequence[T], second: Sequence[T]) -> Lazy[T]:
     """The items of both, one after the other."""
     middle = len(first)

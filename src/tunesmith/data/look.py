@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from tunesmith.chat.display import coloured
+from tunesmith.data.lazy import evenly
 from tunesmith.data.private import mask
 from tunesmith.data.tokenize import render
 from tunesmith.errors import InputError
@@ -34,9 +35,8 @@ def show_rows(examples: Sequence[Example], renderer: Renderer, n: int, train_on:
 
 def token_rows(examples: Sequence[Example], renderer: Renderer, train_on: TrainOn) -> list[dict[str, Any]]:
     """A few rows, evenly chosen, for the report's page: `tokens` are (piece of text, 1 where it is trained)."""
-    count = min(ROWS_SHOWN, len(examples))
     shown: list[dict[str, Any]] = []
-    for example in (examples[i * len(examples) // count] for i in range(count)):
+    for example in evenly(examples, ROWS_SHOWN):
         try:
             masked = _masked(example, renderer, train_on)
         except InputError:  # another rule says why

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.lazy import evenly
 from tunesmith.data.prompts import with_prompt
 from tunesmith.errors import InputError
 from tunesmith.prove.answering import EngineModel, Model, Prompt, ReplyCache, Weights
@@ -78,8 +79,7 @@ class Bench:
     def trial_rows(self) -> list[Item]:
         """The training rows that variants are tried on: spread evenly over the rows ordered by id."""
         rows = sorted(self.pool, key=lambda row: row.id)
-        n = min(LOOKS[-1], len(rows))
-        return [rows[i * len(rows) // n] for i in range(n)]
+        return [*evenly(rows, LOOKS[-1])]
 
     @cached_property
     def wording(self) -> Wording:

@@ -22,9 +22,3 @@ def score_sample(weights: Weights, items: Sequence[Item], scorer: Scorer, *, max
         for item, reply in zip(items, replies, strict=True)
     ]
     return [score for score in scored if score is not None]
-
-
-def sample_items(items: Sequence[Item], n: int) -> list[Item]:
-    """`n` of the items, spread evenly over them."""
-    n = min(n, len(items))
-    return [items[i * len(items) // n] for i in range(n)]
