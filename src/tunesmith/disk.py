@@ -11,12 +11,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# What the system says where a place can't be written: full, over quota or a limit, read-only, forbidden, taken away.
-REFUSALS = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENODEV", "ENXIO", "ESTALE")
-    if hasattr(errno, name)
-)
+
+def _known(*names: str) -> frozenset[int]:
+    """The numbers of errors, of those that this system has."""
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+FULL = _known("ENOSPC", "EDQUOT", "EFBIG")  # no room, over quota, over a limit
+# What the system says where a place can't be written: full, read-only, forbidden, taken away.
+REFUSALS = FULL | _known("EROFS", "EACCES", "EPERM", "EIO", "ENODEV", "ENXIO", "ESTALE")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,6 +36,8 @@ def test_epoch_order_is_a_pure_function_of_its_arguments():
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 9
     assert epoch_order(50, 2, 1, False).tolist() == list(range(50))
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_order(50, 2, 1, True)[0] = 7  # every caller is given the same one
 
 
 def test_a_step_holds_exactly_what_the_order_gives_it():

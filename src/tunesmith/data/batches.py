@@ -107,9 +107,9 @@ class Layout:
 @lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to lay out
 def epoch_order(n: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
     """The order in which epoch `epoch` (from 0) visits `n` examples: a pure function of its arguments."""
-    if not shuffle:
-        return np.arange(n)
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n) if shuffle else np.arange(n)
+    order.setflags(write=False)  # all callers are given the same one
+    return order
 
 
 def steps_per_epoch(n: int, batch_examples: int) -> int:
@@ -273,13 +273,13 @@ class _Planner:
         room = max(1, self.budget - common)  # none where the prefix alone fills the budget: then one example at a time
         parts = self._parts(sum(sizes))
         fair = room if parts == 1 else min(room, -(-sum(sizes) // parts))
-        pieces = list(zip(itertools.pairwise(starts), sizes, strict=True))
-        again = [(a, b) for (a, b), size in pieces if size > fair and b - a > self.together]
-        whole = [(place, size) for place, size in pieces if place not in again]
-        bins = spread([size for _, size in whole], parts, room)
-        yield from self._close([[whole[k][0] for k in chosen] for chosen in bins], common)
-        for a, b in again:
-            yield from self._cut(a, b)
+        ranges = list(itertools.pairwise(starts))
+        again = {k for k, (a, b) in enumerate(ranges) if sizes[k] > fair and b - a > self.together}
+        whole = [k for k in range(len(ranges)) if k not in again]
+        bins = spread([sizes[k] for k in whole], parts, room)
+        yield from self._close([[ranges[whole[k]] for k in chosen] for chosen in bins], common)
+        for k in sorted(again):
+            yield from self._cut(*ranges[k])
 
     def _parts(self, tokens: int) -> int:
         """How many lanes so many tokens are worth."""

@@ -7,7 +7,6 @@ process, however it ends.
 from __future__ import annotations
 
 import bisect
-import errno
 import itertools
 import math
 import mmap
@@ -22,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tunesmith.disk import FULL
 from tunesmith.errors import InputError
 from tunesmith.home import home
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 BATCH_ROWS, BATCH_BYTES = 4_096, 8 * 2**20  # a batch of an Arrow file is closed at either
 SMALL = 2**16  # bytes, for which no file is made
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
@@ -89,7 +88,8 @@ def scratch(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         with needs_room():
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)  # a hole that can't be filled later would kill the process
-            file.truncate(size)
+            else:
+                file.truncate(size)
         return np.frombuffer(map_file(file, write=True), dtype).reshape(shape)
 
 
