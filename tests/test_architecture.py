@@ -31,7 +31,7 @@ ROWS = [
     {"chat", "models", "tree", "store"},
     {"recipe"},
     {"recipe_file"},
-    {"types", "errors", "home", "progress", "disk"},
+    {"types", "errors", "home", "progress", "disk", "cpu"},
 ]
 
 

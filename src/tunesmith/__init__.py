@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,6 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 __version__ = "0.1.0"
-
-# oneDNN and torch's layer above it keep every product they compile, one for each number of rows: more than a gigabyte
-# in a training of a thousand steps. Both read this when torch is loaded.
-for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "64")
 
 __all__ = ["Answer", "Engine", "Recipe", "Request", "__version__", "check", "plan", "prove", "run", "train", "verify"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from tunesmith.engine.engine import Engine
 from tunesmith.engine.packing import pack_integers
 from tunesmith.engine.request import Request
 from tunesmith.errors import InputError
-from tunesmith.models.int8 import Int8, Int8Linear
+from tunesmith.models.int8 import Int8
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import linears
+from tunesmith.models.packed import PackedLinear
 from tunesmith.models.quantised import quantised_linears
 
 
@@ -27,41 +29,40 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def product(weights: list[torch.Tensor], biases: list[torch.Tensor | None] | tuple = ()) -> Int8Linear:
-    return Int8Linear([Int8(weight) for weight in weights], biases)
+def product(weights: list[torch.Tensor], biases: list[torch.Tensor | None] | tuple = ()) -> PackedLinear:
+    biases = biases or [None] * len(weights)
+    return pack_integers([Linear(Int8(w), b, len(w)) for w, b in zip(weights, biases, strict=True)])
+
+
+class Linear(NamedTuple):
+    stored: Int8
+    bias: torch.Tensor | None
+    out_features: int
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 70])
-def test_a_product_is_that_of_the_rounded_weights_even_where_inputs_are_uneven(rows: int) -> None:
+def test_a_product_is_that_of_the_rounded_weights(rows: int) -> None:
     torch.manual_seed(rows)
     weights = [torch.randn(24, 40), torch.randn(8, 40) * 30]
     biases = [torch.randn(24), None]
     x = torch.randn(rows, 40)
-    x[:, 3] *= 40  # such channels are what one integer of 8 bits to an input cannot say
+    x[:, 3] *= 40
     expected = torch.cat([F.linear(x, rounded(w), b) for w, b in zip(weights, biases, strict=True)], 1)
     found = product(weights, biases)(x)
-    allowed = 1.5e-4 * x.abs().amax(1, keepdim=True) * torch.cat([rounded(w).norm(dim=1) for w in weights])
-    assert ((found - expected).abs() <= allowed).all()
-
-
-def test_the_extremes_of_both_sides_do_not_overflow() -> None:
-    """Two products of 8 bits are added up in 16 where a machine lacks VNNI."""
-    weight, x = torch.ones(16, 64), torch.ones(2, 64)
-    assert torch.allclose(product([weight])(x), torch.full((2, 16), 64.0), rtol=1e-4)
-    assert torch.equal(product([weight])(torch.zeros(1, 64)), torch.zeros(1, 16))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     linear, x = product([torch.randn(33, 40)]), torch.randn(9, 40) * torch.logspace(-3, 3, 9)[:, None]
     for row in range(9):
-        assert torch.allclose(linear(x)[row], linear(x[row : row + 1])[0], rtol=1e-6, atol=0)
+        assert torch.equal(linear(x)[row], linear(x[row : row + 1])[0])
 
 
 def test_the_engine_says_what_transformers_says_with_the_rounded_weights(tmp_path: Path) -> None:
     tiny_llama.save(tmp_path, initializer_range=0.25)
     engine = Engine(tmp_path, quantize="int8")
     assert isinstance(engine._core._body, PackedBody)
-    assert isinstance(engine._core._body._layers[0].down._packed, Int8Linear)
+    assert isinstance(engine._core._body._layers[0].down._packed, PackedLinear)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     for linear in linears(model).values():
         linear.weight.data = rounded(linear.weight.data)
@@ -69,7 +70,7 @@ def test_the_engine_says_what_transformers_says_with_the_rounded_weights(tmp_pat
     answer = engine.generate([Request(prompt_ids=prompt, max_tokens=12, ignore_stop=True, logprobs=True)])[0]
     with torch.no_grad():
         scores = torch.log_softmax(model(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1], -1)
-    assert answer.logprobs == pytest.approx(scores[range(12), answer.ids].tolist(), abs=5e-3)
+    assert answer.logprobs == pytest.approx(scores[range(12), answer.ids].tolist(), abs=1e-4)
     assert answer.ids == scores.argmax(-1).tolist()
     with pytest.raises(InputError, match="quantize"):
         Engine(tmp_path, quantize="int3")  # type: ignore[arg-type]

@@ -159,7 +159,7 @@ def test_a_quantised_base_is_never_packed_into_copies() -> None:
         linear.in_features * linear.out_features for linear in quantised_linears(model)[:7]
     )
     choose_layout(fused, dict(lora.parameters("a")), ROWS, 10**12, share=True, pack=True)
-    assert fused.head.products is None
+    assert fused.head.panels is None
     fused.pack()
     assert all(stack._whole is None for layer in fused.decoder.layers for stack in layer.stacks)
 

@@ -148,7 +148,7 @@ def test_packing_takes_what_it_says_and_only_where_there_is_memory():
     parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
     for limit, packed in ((3 * fused.packed_bytes - 1, False), (10**12, True)):
         choose_layout(fused, parameters, make_step(0, 1.0, ROWS, Layout(1000)).examples, limit, share=True, pack=True)
-        assert (fused.head.products is not None) is packed
+        assert (fused.head.panels is not None) is packed
 
 
 def test_a_row_longer_than_is_computed_at_a_time_is_not_said_to_be_too_large(monkeypatch):

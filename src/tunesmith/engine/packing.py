@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.cpu.products import Panels
+from tunesmith.cpu.writing import processor
 from tunesmith.models.fused_layer import Workspace
-from tunesmith.models.int8 import Int8Linear, can_run_int8
 from tunesmith.models.lora import LoraModel
 from tunesmith.models.packed import PackedLinear, joined_bias
 from tunesmith.models.quantised import QuantisedLinear, quantisation, stack_matrices
@@ -36,17 +37,19 @@ class DequantisedLinear:
         return torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
 
 
-Product = PackedLinear | Int8Linear | DequantisedLinear
+Product = PackedLinear | DequantisedLinear
 Packing = Callable[[Sequence[Any]], Product]  # linears that share their input -> the product of all of them
 
 
 def pack_numbers(linears: Sequence[Any]) -> PackedLinear:
-    return PackedLinear([linear.weight for linear in linears], [linear.bias for linear in linears])
+    return PackedLinear.of([linear.weight for linear in linears], [linear.bias for linear in linears])
 
 
-def pack_integers(linears: Sequence[Any]) -> Int8Linear:
+def pack_integers(linears: Sequence[Any]) -> PackedLinear:
     """The linears of a base in int8."""
-    return Int8Linear([linear.stored for linear in linears], [linear.bias for linear in linears])
+    codes, scales = (torch.cat([getattr(linear.stored, name) for linear in linears]) for name in ("codes", "scale"))
+    biases = joined_bias([linear.out_features for linear in linears], [linear.bias for linear in linears])
+    return PackedLinear(Panels(codes, scales[:, 0]), biases)
 
 
 def leave_quantised() -> Packing:
@@ -60,7 +63,7 @@ def choose_packing(lora: LoraModel, int8: bool) -> Packing:
     how = quantisation(lora.model)
     if how is None:
         return pack_numbers
-    return pack_integers if int8 and how == "int8" and can_run_int8() else leave_quantised()
+    return pack_integers if int8 and how == "int8" and processor() is not None else leave_quantised()
 
 
 def pack_head(head: Head, packing: Packing) -> PackedLinear | None:

@@ -187,7 +187,7 @@ class Projection:
             if more is not None:
                 base = base * (1 + more[columns])[:, None]
             weights.append(torch.addmm(base, place.of(up).t(), down))
-        self._merged = (name, PackedLinear(weights, self._biases))
+        self._merged = (name, PackedLinear.of(weights, self._biases))
 
     def unmerge(self) -> None:
         self._merged = None

@@ -105,7 +105,7 @@ class FusedDecoder:
     def packed_bytes(self) -> int:
         """What `pack` costs."""
         numbers = sum(s.in_features * s.out_features for layer in self.layers for s in layer.stacks)
-        return 2 * numbers * self.slabs.like.element_size()
+        return numbers * self.slabs.like.element_size()
 
     @property
     def dequantised_bytes(self) -> int:

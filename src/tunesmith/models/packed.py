@@ -1,7 +1,4 @@
-"""Frozen weights laid out for oneDNN's product, which beats MKL's by a tenth at hundreds of rows and by two at a few.
-
-They are copies: the weight must not change afterwards.
-"""
+"""Frozen weights laid out for fast products, which are copies, and their originals' memory, given back meanwhile."""
 
 from __future__ import annotations
 
@@ -12,28 +9,34 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-PACKED_FOR = 64  # rows the layout is chosen for; it serves any number
-FEWEST_ROWS = 4  # one to three rows take oneDNN a fifth longer than four (AVX-512, 576 x 3072 to 576 x 49152)
+from tunesmith.cpu.products import Panels, product
+
 MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4
 
 
 class PackedLinear:
-    """y = x W^T + b over linears that share their input, their weights stacked. x [rows, in], float32 on the CPU."""
+    """y = x W^T + b over linears that share their input, their weights stacked. x [rows, in], float32 on the CPU.
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> None:
+    The weight must not change afterwards.
+    """
+
+    def __init__(self, panels: Panels, bias: Tensor | None) -> None:
+        self.panels, self.bias = panels, bias
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> PackedLinear:
         """weights: each [out, in]; biases: each [out], or None."""
-        stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(stacked.detach(), PACKED_FOR)
-        self.bias = joined_bias([len(weight) for weight in weights], biases)
+        return cls(Panels(stacked(weights)), joined_bias([len(weight) for weight in weights], biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], new."""
-        rows = len(x)
-        if rows < FEWEST_ROWS:
-            x = F.pad(x, (0, 0, 0, FEWEST_ROWS - rows))
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")[:rows]
+        return product(x, self.panels, bias=self.bias)
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """[sum of out, in]"""
+    return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
 
 
 def joined_bias(widths: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor | None:
@@ -44,17 +47,8 @@ def joined_bias(widths: Sequence[int], biases: Sequence[Tensor | None]) -> Tenso
     return torch.cat([torch.zeros(width) if bias is None else bias.detach() for width, bias in pairs])
 
 
-class PackedPair:
-    """A frozen weight packed both ways, for y = x W^T and for the way back, dx = dy W."""
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.forward = PackedLinear([stacked])
-        self.backward = PackedLinear([stacked.t().contiguous()])
-
-
 def can_pack(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def page_out(weight: Tensor) -> None:

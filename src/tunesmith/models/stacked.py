@@ -2,7 +2,7 @@
 
     h = x A^T     y = x W^T + s h B^T      for q, k, v together, and for gate and up
 
-The base is frozen, so its weights may be packed once for both directions. Only adapters learn here: with g = s dy B
+The base is frozen, so its weights may be laid out once for fast products. Only adapters learn here: with g = s dy B
     dx = dy W + g A,     dA = g^T x,     dB = s dy^T h
 """
 
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tunesmith.cpu.products import Panels, Thin, back_product, product
 from tunesmith.models.lora import LoraLinear, LoraWeights
-from tunesmith.models.packed import PackedPair, can_pack, page_out
+from tunesmith.models.packed import can_pack, joined_bias, page_out, stacked
 from tunesmith.models.quantised import QuantisedLinear, stack_matrices
 
 
@@ -64,21 +65,27 @@ class Stack:
             self.members.append(_Member(base, base.bias, weights, *columns))
             out, rank = out + width, rank + thin
         self.in_features, self.out_features, self.rank = linears[0].in_features, out, rank
-        self._whole: PackedPair | _Matrix | None = None  # all members' weights together
+        self._whole: Panels | _Matrix | None = None  # all members' weights together
+        self._ups = self._downs = Panels(torch.empty(0, 0))  # beside panels: s B [out, rank], A^T [in, rank]
+        self.bias = joined_bias([m.linear.out_features for m in self.members], [m.bias for m in self.members])
         self.quantised = [m.linear for m in self.members if isinstance(m.linear, QuantisedLinear)]
 
     def pack(self) -> None:
-        """Lay the weights out for fast products, where they can be: two copies that stand in for the weights."""
+        """Lay the weights out for fast products, where they can be: a copy that stands in for the weights."""
         if not self.quantised and all(can_pack(member.weight) for member in self.members):
             weights = [member.weight for member in self.members]
-            self._whole = PackedPair(weights)
+            self._whole = Panels(stacked(weights))
+            self._ups = Panels(torch.zeros(self.out_features, self.rank))
+            self._downs = Panels(torch.zeros(self.in_features, self.rank))
             for weight in weights:
                 page_out(weight)
 
     def opened(self, scratch: Callable[[int, int], Tensor]) -> Stack:
         """The stack as it is computed with. Quantised weights are dequantised into `scratch(out, in)`, once for all
-        slices of rows; such a stack holds until the next one takes the same memory. Safe in several threads."""
+        slices of rows; such a stack holds until the next one takes the same memory. Beside panels the adapter is laid
+        out as it is now. Safe in several threads, which write the same numbers."""
         if not self.quantised:
+            self._lay_out_adapter()
             return self
         assert len(self.quantised) == len(self.members), "a base is quantised whole"
         stack = copy(self)
@@ -90,11 +97,22 @@ class Stack:
         found = [member.adapter.a.detach() for member in self.members if member.adapter is not None]
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def _lay_out_adapter(self) -> None:
+        if not isinstance(self._whole, Panels):
+            return
+        for member in self.members:
+            if member.adapter is not None:
+                self._ups.write(member.out, member.ranks, member.adapter.b.detach() * member.adapter.scaling)
+                self._downs.write(slice(0, self.in_features), member.ranks, member.adapter.a.detach().t())
+
     def forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """out = x (W + s B A)^T + bias (+ residual), and h = x A^T."""
-        y = out if self._whole is None else self._whole.forward(x)
         if self.rank:
             torch.mm(x, self.down().t(), out=h)
+        if isinstance(self._whole, Panels):
+            product(x, self._whole, out=out, added=residual, bias=self.bias, thin=self._thin(h, self._ups))
+            return
+        y = out if self._whole is None else self._whole.forward(x)
         for member in self.members:
             own = y[:, member.out]
             if self._whole is None:
@@ -110,6 +128,8 @@ class Stack:
 
     def through(self, dy: Tensor, g: Tensor) -> Tensor:
         """dx = dy W + g A, new."""
+        if isinstance(self._whole, Panels):
+            return back_product(dy, self._whole, thin=self._thin(g, self._downs))
         if self._whole is not None:
             dx = self._whole.backward(dy)
         else:
@@ -117,6 +137,9 @@ class Stack:
             for member in self.members:
                 dx.addmm_(dy[:, member.out], member.weight)
         return dx.addmm_(g, self.down()) if self.rank else dx
+
+    def _thin(self, h: Tensor, panels: Panels) -> Thin | None:
+        return (h, panels) if self.rank else None
 
     def upstream(self, dy: Tensor) -> Tensor:
         """g = s dy B."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from tunesmith.cpu.products import Panels
 from tunesmith.models.fused import FusedDecoder, fuse
 from tunesmith.models.lora import LoraModel
-from tunesmith.models.packed import PackedPair, can_pack, page_out
+from tunesmith.models.packed import can_pack, page_out
 from tunesmith.train.forward import Body, ModuleBody, T
 from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
 from tunesmith.tree.body import run_body
@@ -108,12 +109,12 @@ class FusedBody:
         self.decoder.pack()
         head = self.head
         if can_pack(head.weight) and not head.weight.requires_grad:
-            self._packed_head = replace(head, products=PackedPair([head.weight.detach()]))
+            self._packed_head = replace(head, panels=Panels(head.weight.detach()))
             page_out(head.weight)
 
     @property
     def packed_bytes(self) -> int:
-        return self.decoder.packed_bytes + 2 * self.head.weight.numel() * self.head.weight.element_size()
+        return self.decoder.packed_bytes + self.head.weight.numel() * self.head.weight.element_size()
 
     @property
     def dequantised_bytes(self) -> int:

@@ -9,33 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from tunesmith.cpu.products import Panels, back_product, product
+
 LOGITS_AT_ONCE = 1 << 22  # 16 MB of float32: what stays in a cache, and an allocator gives again without new pages
-
-
-class Products(Protocol):
-    """A weight that does not change, laid out for fast products. Both return new tensors."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T."""
-        ...
-
-    def backward(self, dy: Tensor) -> Tensor:
-        """dy W."""
-        ...
 
 
 @dataclass(frozen=True)
 class Head:
     """hidden [rows, hidden] -> logits [rows, vocabulary] = cap(scale * (hidden @ weight.T + bias)).
 
-    `products`, where the weight is frozen and there is memory for it, computes the same faster. `own`: ids [n] of
+    `panels`, where the weight is frozen and there is memory for it: a copy that is multiplied faster. `own`: ids [n] of
     tokens whose weight is another, and that, [n, hidden].
     """
 
@@ -43,7 +33,7 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0  # Granite, Cohere
     softcap: float | None = None  # Gemma 2: softcap * tanh(logits / softcap)
-    products: Products | None = None
+    panels: Panels | None = None
     own: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,14 +135,14 @@ class _Slice:
 def _slices(hidden: Tensor, head: Head, entries: Entries) -> Iterator[_Slice]:
     vocabulary, dtype = head.weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     size = max(1, LOGITS_AT_ONCE // vocabulary)
-    buffer = hidden.new_empty(min(size, len(hidden)) if head.products is None else 0, vocabulary)
+    buffer = hidden.new_empty(min(size, len(hidden)), vocabulary)
     for start in range(0, len(hidden), size):
         stop = min(start + size, len(hidden))
         first, last = torch.searchsorted(entries.rows, torch.tensor([start, stop], device=hidden.device)).tolist()
-        if head.products is None:
+        if head.panels is None:
             logits = torch.mm(hidden[start:stop], head.weight.t(), out=buffer[: stop - start]).to(dtype)
         else:
-            logits = head.products.forward(hidden[start:stop])
+            logits = product(hidden[start:stop], head.panels, out=buffer[: stop - start])
         if head.bias is not None:
             logits += head.bias
         if head.own is not None:
@@ -206,10 +196,10 @@ class _Gradients:
             apart = apart @ rows.detach()
         if self.hidden is not None:
             into = self.hidden[here.start : here.stop]
-            if self.head.products is None:
+            if self.head.panels is None:
                 torch.mm(grad, self.head.weight, out=into)
             else:
-                into.copy_(self.head.products.backward(grad))
+                back_product(grad, self.head.panels, out=into)
             if apart is not None:
                 into += apart
         if self.weight is not None:

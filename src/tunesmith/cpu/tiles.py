@@ -1,0 +1,296 @@
+"""Products of matrices as kernels: a tile of the result stays in registers while one walks along the inner dimension.
+
+The way of BLIS (Van Zee and van de Geijn 2015, doi:10.1145/2764454). A matrix W lies in panels as wide as a tile, in
+the order in which they are read: [panels, in, columns]. What general libraries don't do, because they serve all
+shapes: W is laid out once for both directions, few rows have tiles of their own, and while one panel is worked on the
+next is fetched from memory.
+
+Every number of a result is one sum, in the same order whatever else is computed: a row's result does not depend on how
+many rows there are, on the tile it falls into, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from llvmlite import ir
+
+from tunesmith.cpu.writing import (
+    ADDRESS,
+    BYTE,
+    FLOAT,
+    INT,
+    LONG,
+    NUMBER,
+    Function,
+    Processor,
+    at,
+    declare,
+    in_threads,
+    long,
+    new_module,
+    scratch,
+)
+
+UNROLLED = 2  # steps along the inner dimension between two looks at its end
+DEPTH = 1024  # of the inner dimension, that a panel turned over has at a time: it stays in the second cache
+NOWHERE = ir.Constant(ADDRESS, None)
+
+
+class Kind(Enum):
+    """Which product of x [rows, in] and W [out, in]."""
+
+    FORWARD = "x W^T"
+    INTEGERS = "x W^T, of W in int8 and a scale for each of its rows"
+    BACK = "x W, with x [rows, out]"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A product's arguments in a kernel: addresses, steps in bytes from row to row, sizes."""
+
+    x: Any
+    x_step: Any
+    w: Any
+    w_step: Any  # from panel to panel
+    inner: Any
+    h: Any
+    h_step: Any
+    u: Any
+    thin: Any
+    y: Any
+    y_step: Any
+    added: Any
+    added_step: Any
+    bias: Any
+    scale: Any
+    rows: Any
+    width: Any
+    split_rows: Any  # not 0: threads share the rows, else the panels
+
+
+KINDS = [ADDRESS, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG]
+KINDS += [ADDRESS, ADDRESS, LONG, LONG, LONG]
+TILE_KINDS = [ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG]
+TILE_KINDS += [ADDRESS, ADDRESS, ADDRESS, LONG]
+
+
+class Tiles:
+    """The functions of one kind of product for one processor."""
+
+    def __init__(self, on: Processor, kind: Kind) -> None:
+        self.on, self.kind = on, kind
+        self.integers = kind is Kind.INTEGERS
+        self.module = new_module()
+        self.vector = ir.VectorType(FLOAT, on.width)
+        self.line = on.columns * NUMBER  # bytes of a tile's row
+        self.panel_step = on.columns if self.integers else self.line  # from one row of a panel to the next
+        self.multiply_add = declare(self.module, f"llvm.fma.v{on.width}f32", [self.vector] * 3, self.vector)
+        self.fetch = declare(self.module, "llvm.prefetch.p0", [ADDRESS, INT, INT, INT])
+        self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
+        in_threads(self.module, "product", self._share())
+
+    def _tile(self, rows: int) -> ir.Function:
+        """One tile of y, all of x's inner dimension and all of h's. `ahead` is fetched, `ahead_step` on at every step.
+
+        Arguments: as the first line below names them, then `ahead` and `ahead_step`.
+        """
+        f = Function(self.module, f"tile of {rows}", TILE_KINDS)
+        f.itself.attributes.add("noinline")
+        b = f.builder
+        x, x_step, w, inner, h, h_step, u, thin, y, y_step, added, added_step, bias, scale = f.arguments[:14]
+        sums = [ir.Constant(self.vector, [0.0] * self.on.width)] * (rows * self.on.vectors)
+        sums = self._walk(f, sums, (x, x_step), (w, self.integers), inner, f.arguments[14:])
+        if self.integers:
+            sums = [b.fmul(s, self._vector(b, scale, i % self.on.vectors)) for i, s in enumerate(sums)]
+        sums = self._walk(f, sums, (h, h_step), (u, False), thin, None)
+        sums = self._plus(f, self._plus(f, sums, bias, long(0)), added, added_step)
+        for i, total in enumerate(sums):
+            row, vector = divmod(i, self.on.vectors)
+            place = at(b, y, b.mul(y_step, long(row)))
+            b.store(total, at(b, place, long(self.on.width * NUMBER * vector)), align=NUMBER)
+        return f.end()
+
+    def _walk(self, f: Function, sums: list[Any], left: Any, right: Any, inner: Any, ahead: Any) -> list[Any]:
+        """sums + left * right, `inner` steps along."""
+        (x, x_step), (w, integers), b = left, right, f.builder
+        w_step = long(self.panel_step if integers else self.line)
+        count = len(sums) // self.on.vectors
+        whole = b.and_(inner, long(-UNROLLED))
+        starts = [at(b, x, b.mul(x_step, long(row))) for row in range(count)]
+        for start, stop, turns in ((long(0), whole, UNROLLED), (whole, inner, 1)):
+            with f.loop(start, stop, turns, sums) as (k, results, following):
+                place = at(b, w, b.mul(k, w_step))
+                rows = [at(b, each, b.mul(k, long(NUMBER))) for each in starts]
+                for turn in range(turns):
+                    weights = [self._weights(b, place, vector, integers) for vector in range(self.on.vectors)]
+                    if ahead is not None:
+                        self._fetch(b, at(b, ahead[0], b.mul(b.add(k, long(turn)), ahead[1])))
+                    for row, address in enumerate(rows):
+                        number = b.load(at(b, address, long(turn * NUMBER)), typ=FLOAT, align=NUMBER)
+                        everywhere = self._everywhere(b, number)
+                        for vector in range(self.on.vectors):
+                            i = row * self.on.vectors + vector
+                            following[i] = b.call(self.multiply_add, [everywhere, weights[vector], following[i]])
+                    place = at(b, place, w_step)
+            sums = list(results)
+        return sums
+
+    def _fetch(self, b: ir.IRBuilder, line: Any) -> None:
+        """Ask for a line of memory, which may be anywhere: a hint."""
+        b.call(self.fetch, [line, *(ir.Constant(INT, number) for number in (0, 2, 1))])  # to read, to keep, data
+
+    def _weights(self, b: ir.IRBuilder, place: Any, vector: int, integers: bool) -> Any:
+        if not integers:
+            return self._vector(b, place, vector)
+        small = ir.VectorType(BYTE, self.on.width)
+        return b.sitofp(b.load(at(b, place, long(self.on.width * vector)), typ=small, align=1), self.vector)
+
+    def _vector(self, b: ir.IRBuilder, place: Any, vector: int) -> Any:
+        return b.load(at(b, place, long(self.on.width * NUMBER * vector)), typ=self.vector, align=NUMBER)
+
+    def _everywhere(self, b: ir.IRBuilder, number: Any) -> Any:
+        nothing = ir.Constant(self.vector, ir.Undefined)
+        first = b.insert_element(nothing, number, ir.Constant(INT, 0))
+        return b.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(INT, self.on.width), [0] * self.on.width))
+
+    def _plus(self, f: Function, sums: list[Any], place: Any, step: Any) -> list[Any]:
+        """sums + what lies at `place`, row by row; nothing where that is nowhere."""
+        b, before, more = f.builder, f.builder.block, []
+        with b.if_then(is_there(b, place)):
+            for i, total in enumerate(sums):
+                row, vector = divmod(i, self.on.vectors)
+                more.append(b.fadd(total, self._vector(b, at(b, place, b.mul(step, long(row))), vector)))
+            then = b.block
+        return [f.either((total, before), (other, then)) for total, other in zip(sums, more, strict=True)]
+
+    def _share(self) -> ir.Function:
+        """One thread's share of y: of its panels, or of its rows."""
+        f = Function(self.module, "share", [LONG, LONG, *KINDS])
+        b, given = f.builder, Given(*f.arguments[2:])
+        spare = scratch(b, self.on.rows * self.line)
+        turned = scratch(b, DEPTH * self.line) if self.kind is Kind.BACK else None
+        panels = b.sdiv(b.add(given.width, long(self.on.columns - 1)), long(self.on.columns))
+        by_rows = b.icmp_signed("!=", given.split_rows, long(0))
+        thread, threads = f.arguments[:2]
+
+        def cut(whole: Any, here: Any) -> tuple[Any, Any]:
+            first, last = (b.sdiv(b.mul(whole, n), threads) for n in (thread, b.add(thread, long(1))))
+            return b.select(here, first, long(0)), b.select(here, last, whole)
+
+        rows, (first, last) = cut(given.rows, by_rows), cut(panels, b.not_(by_rows))
+        with f.loop(first, last) as (panel, _, _):
+            if turned is not None:
+                self._turned_panel(f, given, rows, panel, turned, spare)
+            else:
+                w = at(b, given.w, b.mul(panel, given.w_step))
+                self._panel(f, replace(given, w=w), rows, panel, at(b, w, given.w_step), spare)
+        return f.end()
+
+    def _turned_panel(self, f: Function, given: Given, rows: Any, panel: Any, turned: Any, spare: Any) -> None:
+        """A panel of y = x W: W's own panels hold what it needs as blocks of [columns, columns], which are transposed
+        DEPTH of them at a time."""
+        b, columns = f.builder, self.on.columns
+        start = at(b, given.w, b.mul(panel, long(columns * self.line)))
+        with f.loop(long(0), given.inner, DEPTH) as (done, _, _):
+            left = b.sub(given.inner, done)
+            last = b.icmp_signed("<=", left, long(DEPTH))
+            inner = b.select(last, left, long(DEPTH))
+            blocks = b.sdiv(b.add(inner, long(columns - 1)), long(columns))
+            with f.loop(long(0), blocks) as (block, _, _):
+                source = at(b, start, b.mul(b.add(b.sdiv(done, long(columns)), block), given.w_step))
+                for row in range(columns):  # of the block after the next
+                    self._fetch(b, at(b, source, b.add(b.mul(given.w_step, long(2)), long(row * self.line))))
+                self._turn(b, source, at(b, turned, b.mul(block, long(columns * self.line))))
+            begun = b.icmp_signed(">", done, long(0))
+            part = replace(
+                given,
+                x=at(b, given.x, b.mul(done, long(NUMBER))),
+                w=turned,
+                inner=inner,
+                thin=b.select(last, given.thin, long(0)),
+                added=b.select(begun, given.y, given.added),
+                added_step=b.select(begun, given.y_step, given.added_step),
+            )
+            self._panel(f, part, rows, panel, turned, spare)
+
+    def _turn(self, b: ir.IRBuilder, source: Any, target: Any) -> None:
+        """Transpose a block of [columns, columns]: squares of a vector's width, each by interleaving its rows."""
+        width = self.on.width
+        for top in range(0, self.on.columns, width):
+            for left in range(0, self.on.columns, width):
+                rows = [self._place(b, source, top + i, left) for i in range(width)]
+                square = [b.load(row, typ=self.vector, align=NUMBER) for row in rows]
+                for _ in range(width.bit_length() - 1):
+                    pairs = zip(square[: width // 2], square[width // 2 :], strict=True)
+                    square = [self._interleaved(b, *pair, half) for pair in pairs for half in (0, width // 2)]
+                for i, row in enumerate(square):
+                    b.store(row, self._place(b, target, left + i, top), align=NUMBER)
+
+    def _place(self, b: ir.IRBuilder, block: Any, row: int, column: int) -> Any:
+        return at(b, block, long(row * self.line + column * NUMBER))
+
+    def _interleaved(self, b: ir.IRBuilder, one: Any, other: Any, start: int) -> Any:
+        """one[start], other[start], one[start + 1], other[start + 1], ..."""
+        half = range(start, start + self.on.width // 2)
+        order = [number for i in half for number in (i, i + self.on.width)]
+        return b.shuffle_vector(one, other, ir.Constant(ir.VectorType(INT, self.on.width), order))
+
+    def _panel(self, f: Function, given: Given, rows: Any, panel: Any, following: Any, spare: Any) -> None:
+        """All tiles of a panel of y, for rows [first, last). `following` is fetched meanwhile."""
+        b, most, columns, (first, last) = f.builder, self.on.rows, self.on.columns, rows
+        mine = b.sub(last, first)
+        tiles = b.sdiv(b.add(mine, long(most - 1)), long(most))
+        ahead_step = long(0)
+        if self.kind is not Kind.BACK:
+            some = b.select(b.icmp_signed(">", tiles, long(0)), tiles, long(1))
+            ahead_step = b.add(b.sdiv(long(self.panel_step), some), long(1))
+        byte = b.mul(panel, long(self.line))
+        own = b.sub(given.width, b.mul(panel, long(columns)))  # columns left; the last panel may be cut off
+        cut_off = b.icmp_signed("<", own, long(columns))
+        u = at(b, given.u, b.mul(panel, b.mul(given.thin, long(self.line))))
+        bias = b.select(is_there(b, given.bias), at(b, given.bias, byte), NOWHERE)
+        adds = b.and_(is_there(b, given.added), b.not_(cut_off))
+        with f.loop(long(0), tiles) as (tile, _, _):
+            row, end = (b.add(first, b.sdiv(b.mul(mine, n), tiles)) for n in (tile, b.add(tile, long(1))))
+            y = at(b, at(b, given.y, b.mul(row, given.y_step)), byte)
+            added = at(b, at(b, given.added, b.mul(row, given.added_step)), byte)
+            arguments = [at(b, given.x, b.mul(row, given.x_step)), given.x_step, given.w, given.inner]
+            arguments += [at(b, given.h, b.mul(row, given.h_step)), given.h_step, u, given.thin]
+            arguments += [b.select(cut_off, spare, y), b.select(cut_off, long(self.line), given.y_step)]
+            arguments += [b.select(adds, added, NOWHERE), given.added_step, bias, at(b, given.scale, byte)]
+            arguments += [at(b, following, b.mul(b.mul(given.inner, ahead_step), tile)), ahead_step]
+            self._call_tile(f, b.sub(end, row), arguments)
+            with b.if_then(cut_off, likely=False):
+                self._copy(f, replace(given, y=y, added=added), is_there(b, given.added), spare, b.sub(end, row), own)
+
+    def _call_tile(self, f: Function, rows: Any, arguments: list[Any]) -> None:
+        b, done = f.builder, f.itself.append_basic_block()
+        choice = b.switch(rows, done)
+        for count, tile in self.tiles.items():
+            case = f.itself.append_basic_block()
+            choice.add_case(long(count), case)
+            b.position_at_end(case)
+            b.call(tile, arguments)
+            b.branch(done)
+        b.position_at_end(done)
+
+    def _copy(self, f: Function, given: Given, adds: Any, spare: Any, rows: Any, columns: Any) -> None:
+        """What of a tile lies within y, from the memory into which it was written."""
+        b = f.builder
+        with f.loop(long(0), rows) as (row, _, _), f.loop(long(0), columns) as (column, _, _):
+            byte = b.mul(column, long(NUMBER))
+            number = b.load(at(b, spare, b.add(b.mul(row, long(self.line)), byte)), typ=FLOAT, align=NUMBER)
+            target = at(b, given.y, b.add(b.mul(row, given.y_step), byte))
+            with b.if_else(adds) as (then, otherwise):
+                with then:
+                    place = at(b, given.added, b.add(b.mul(row, given.added_step), byte))
+                    b.store(b.fadd(number, b.load(place, typ=FLOAT, align=NUMBER)), target, align=NUMBER)
+                with otherwise:
+                    b.store(number, target, align=NUMBER)
+
+
+def is_there(b: ir.IRBuilder, address: Any) -> Any:
+    return b.icmp_unsigned("!=", b.ptrtoint(address, LONG), long(0))
