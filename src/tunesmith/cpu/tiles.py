@@ -29,6 +29,7 @@ from tunesmith.cpu.writing import (
     at,
     declare,
     in_threads,
+    is_there,
     long,
     new_module,
     scratch,
@@ -290,7 +291,3 @@ class Tiles:
                     b.store(b.fadd(number, b.load(place, typ=FLOAT, align=NUMBER)), target, align=NUMBER)
                 with otherwise:
                     b.store(number, target, align=NUMBER)
-
-
-def is_there(b: ir.IRBuilder, address: Any) -> Any:
-    return b.icmp_unsigned("!=", b.ptrtoint(address, LONG), long(0))

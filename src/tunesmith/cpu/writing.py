@@ -63,6 +63,11 @@ def at(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
     return builder.gep(address, [offset], source_etype=BYTE)
 
 
+def is_there(builder: ir.IRBuilder, address: Any) -> Any:
+    """Whether an address is one, and not 0."""
+    return builder.icmp_unsigned("!=", builder.ptrtoint(address, LONG), long(0))
+
+
 def scratch(builder: ir.IRBuilder, size: int) -> Any:
     """Memory of `size` bytes while the function runs."""
     return builder.inttoptr(builder.ptrtoint(builder.alloca(BYTE, size=size), LONG), ADDRESS)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tunesmith.engine.attention import CacheContext, Span
@@ -20,6 +19,7 @@ from tunesmith.engine.cache import KvSpec, Slots
 from tunesmith.engine.packing import Packing, pack_numbers
 from tunesmith.engine.projection import AdapterTables, Mix, Projection, Segment
 from tunesmith.models.embedding import LoraEmbedding
+from tunesmith.models.fused_ops import norm_of, rotate_, swiglu
 from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import run_body
 
@@ -70,32 +70,35 @@ class PackedLayer:
         self.down = Projection(mlp.down_proj, packing=packing)
         self.projections = (self.qkv, self.output, self.gate_up, self.down)
         self.width = _out_features(mlp.gate_proj)
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
-        self.query_norm = getattr(attention, "q_norm", None)
-        self.key_norm = getattr(attention, "k_norm", None)
+        self.before_attention, self.before_mlp = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+        own: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.head_norms = None if own[0] is None else (norm_of(own[0]), norm_of(own[1]))
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext, mix: Mix) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext, mix: Mix) -> None:
         """x [tokens, hidden], changed in place; cos, sin [tokens, 1, dim / 2]."""
         tokens, split = len(x), self.heads + self.kv_heads
-        qkv = self.qkv(_norm(x, self.before_attention), mix).view(tokens, -1, self.head_dim)
-        turning = qkv[:, :split]
-        if self.query_norm is not None:
-            query, key = _norm(qkv[:, : self.heads], self.query_norm), _norm(qkv[:, self.heads : split], self.key_norm)
-            turning = torch.cat((query, key), 1)
-        turned = _rotate(turning, cos, sin).transpose(0, 1)[None]
+        normed = torch.empty_like(x)
+        self.before_attention.forward(x, normed)
+        qkv = self.qkv(normed, mix).view(tokens, -1, self.head_dim)
+        if self.head_norms is not None:
+            for norm, part in zip(self.head_norms, (qkv[:, : self.heads], qkv[:, self.heads : split]), strict=True):
+                norm.forward(part, part)
+        rotate_(qkv[:, :split], cos, sin)
+        by_head = qkv.transpose(0, 1)[None]
         out = context.attend(
             self.index,
-            turned[:, : self.heads],
-            turned[:, self.heads :],
-            qkv[:, split:].transpose(0, 1)[None],
+            by_head[:, : self.heads],
+            by_head[:, self.heads : split],
+            by_head[:, split:],
             scaling=self.scaling,
             sliding_window=self.window,
             softcap=None,
         )
-        x += self.output(out.reshape(tokens, -1), mix)
-        gate_up = self.gate_up(_norm(x, self.before_mlp), mix)
-        x += self.down(F.silu(gate_up[:, : self.width]).mul_(gate_up[:, self.width :]), mix)
-        return x
+        self.output(out.reshape(tokens, -1), mix, x)
+        self.before_mlp.forward(x, normed)
+        active = x.new_empty(tokens, self.width)
+        swiglu(self.gate_up(normed, mix), active)
+        self.down(active, mix, x)
 
 
 class PackedBody:
@@ -107,7 +110,7 @@ class PackedBody:
 
     def __init__(self, model: PreTrainedModel, packing: Packing, adapter_limit: int) -> None:
         base: Any = model.base_model
-        self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm
+        self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, norm_of(base.norm)
         head_dim = base.layers[0].self_attn.head_dim
         self._layers = [PackedLayer(layer, index, head_dim, packing) for index, layer in enumerate(base.layers)]
         projections = [each for layer in self._layers for each in layer.projections]
@@ -130,8 +133,9 @@ class PackedBody:
         self._merge_where_it_pays(whole, len(input_ids))
         mix = self._mix(segments, context.decoding, whole)
         for layer in self._layers:
-            x = layer(x, cos, sin, context, mix)
-        return _norm(x, self._norm)
+            layer(x, cos, sin, context, mix)
+        self._norm.forward(x, x)
+        return x
 
     def _merge_where_it_pays(self, whole: str | None, rows: int) -> None:
         """An adapter that keeps the engine to itself gets weights of its own; making them costs some hundred rows."""
@@ -173,18 +177,3 @@ def _try(body: Body, spec: KvSpec) -> Tensor:
 
 def _out_features(linear: Any) -> int:
     return int(linear.out_features)
-
-
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    """Root-mean-square norm over the last dimension."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021, arXiv:2104.09864), paired as in transformers. x [tokens, heads, dim]."""
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half:]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out

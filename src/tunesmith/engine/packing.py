@@ -31,10 +31,11 @@ class DequantisedLinear:
         self._out, self._in = sum(widths), linears[0].in_features
         self.bias = joined_bias(widths, [linear.bias for linear in linears])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], new."""
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """[rows, in] -> [rows, out], new, or added to `onto`."""
         weight = stack_matrices(self._linears, self._scratch.take("weight", self._out, self._in))
-        return torch.mm(x, weight.t()) if self.bias is None else torch.addmm(self.bias, x, weight.t())
+        y = torch.mm(x, weight.t()) if onto is None else onto.addmm_(x, weight.t())
+        return y if self.bias is None else y.add_(self.bias)
 
 
 Product = PackedLinear | DequantisedLinear

@@ -192,10 +192,13 @@ class Projection:
     def unmerge(self) -> None:
         self._merged = None
 
-    def __call__(self, x: Tensor, mix: Mix) -> Tensor:
+    def __call__(self, x: Tensor, mix: Mix, onto: Tensor | None = None) -> Tensor:
+        """[rows, in] -> [rows, sum of out], new, or added to `onto`."""
         if self._merged is not None and self._merged[0] == mix.whole:
-            return self._merged[1](x)
-        y = self._packed(x)
+            return self._merged[1](x, onto)
+        if self._gains and onto is not None:  # which DoRA does not multiply
+            return onto.add_(self(x, mix))
+        y = self._packed(x, onto)
         if self._gains:
             self._multiply(y, mix)
         for name, place, start, stop in mix.runs:

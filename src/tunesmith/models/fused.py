@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, Pass, Workspace
-from tunesmith.models.fused_ops import Norm
+from tunesmith.models.fused_ops import norm_of
 from tunesmith.models.lora import LoraLinear
 from tunesmith.models.quantised import QuantisedLinear
 from tunesmith.models.stacked import Stack
@@ -186,10 +186,6 @@ def fuse(model: PreTrainedModel, adapter: str) -> FusedDecoder | None:
     if len(found) != len(layers) or len(same) != 1 or not hasattr(body.norm, "variance_epsilon"):
         return None
     return FusedDecoder(model, found)
-
-
-def norm_of(module: Any) -> Norm:
-    return Norm(module.weight.detach(), float(module.variance_epsilon))
 
 
 def _fuse_layer(index: int, layer: Any, adapter: str) -> FusedLayer | None:

@@ -227,7 +227,7 @@ class FusedLayer:
         qkv = self.qkv.opened(here.work.named("qkv weight")) if wants_dx else self.qkv
         for s in slices(len(dx)):
             d_q_and_k = d_qkv[s, : geometry.q + geometry.k]
-            rotate_(geometry.by_head(d_q_and_k), here.rope[0][s], -here.rope[1][s])
+            rotate_(geometry.by_head(d_q_and_k), here.rope[0][s], here.rope[1][s], back=True)
             if self.head_norms is not None:
                 for norm, part in zip(self.head_norms, (slice(geometry.q), slice(geometry.q, None)), strict=True):
                     norm.backward_in_place(geometry.by_head(d_q_and_k[:, part]), geometry.by_head(kept.raw[s, part]))

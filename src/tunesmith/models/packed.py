@@ -29,9 +29,9 @@ class PackedLinear:
         """weights: each [out, in]; biases: each [out], or None."""
         return cls(Panels(stacked(weights)), joined_bias([len(weight) for weight in weights], biases))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], new."""
-        return product(x, self.panels, bias=self.bias)
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """[rows, in] -> [rows, out], new, or added to `onto`."""
+        return product(x, self.panels, out=onto, added=onto, bias=self.bias)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:

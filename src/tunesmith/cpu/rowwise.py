@@ -1,0 +1,263 @@
+"""What a decoder does between its products, row by row: RMSNorm, SwiGLU, rotary embedding, and the way back.
+
+One pass over memory each, where PyTorch's operations make three to eight. What they compute is said by
+tunesmith.models.fused_ops, which has the same in plain mathematics and for any type. Tensors are float32 on the CPU,
+their last dimension contiguous; the caller has asked `usable`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from tunesmith.cpu.writing import (
+    ADDRESS,
+    FLOAT,
+    INT,
+    LONG,
+    NUMBER,
+    Function,
+    Processor,
+    at,
+    compiled,
+    declare,
+    in_threads,
+    is_there,
+    long,
+    new_module,
+    processor,
+)
+
+FEW = 1 << 15  # numbers that are not worth a second thread
+# exp(r) for |r| <= ln(2) / 2, and ln(2) in two parts, of which the first times n is exact (Cephes' expf, S. Moshier)
+LN2 = (0.693359375, -2.12194440e-4)
+POWERS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+SMALLEST, LARGEST = -87.3, 88.3  # where float32 ends
+
+
+class Lanes:
+    """Vectors of `count` numbers in a function being written."""
+
+    def __init__(self, module: ir.Module, builder: ir.IRBuilder, count: int) -> None:
+        self.module, self.b, self.count = module, builder, count
+        self.kind, self.whole = ir.VectorType(FLOAT, count), ir.VectorType(INT, count)
+
+    def load(self, address: Any, i: Any) -> Any:
+        return self.b.load(at(self.b, address, self.b.mul(i, long(NUMBER))), typ=self.kind, align=NUMBER)
+
+    def store(self, value: Any, address: Any, i: Any) -> None:
+        self.b.store(value, at(self.b, address, self.b.mul(i, long(NUMBER))), align=NUMBER)
+
+    def number(self, value: float) -> Any:
+        return ir.Constant(self.kind, [value] * self.count)
+
+    def everywhere(self, value: Any) -> Any:
+        nothing = ir.Constant(self.kind, ir.Undefined)
+        first = self.b.insert_element(nothing, value, ir.Constant(INT, 0))
+        return self.b.shuffle_vector(first, nothing, ir.Constant(self.whole, [0] * self.count))
+
+    def call(self, name: str, *values: Any) -> Any:
+        """One of LLVM's functions of vectors."""
+        function = declare(self.module, f"llvm.{name}.v{self.count}f32", [self.kind] * len(values), self.kind)
+        return self.b.call(function, values)
+
+    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
+        return self.call("fma", x, y, z)
+
+    def total(self, x: Any) -> Any:
+        name = f"llvm.vector.reduce.fadd.v{self.count}f32"
+        return self.b.call(declare(self.module, name, [FLOAT, self.kind], FLOAT), [ir.Constant(FLOAT, 0.0), x])
+
+    def exp(self, x: Any) -> Any:
+        """2^n e^r, with x = n ln(2) + r."""
+        x = self.call("minnum", self.call("maxnum", x, self.number(SMALLEST)), self.number(LARGEST))
+        n = self.call("rint", self.b.fmul(x, self.number(1.4426950408889634)))
+        r = self.multiply_add(n, self.number(-LN2[1]), self.multiply_add(n, self.number(-LN2[0]), x))
+        power = self.number(POWERS[0])
+        for factor in POWERS[1:]:
+            power = self.multiply_add(power, r, self.number(factor))
+        power = self.multiply_add(power, self.b.fmul(r, r), self.b.fadd(r, self.number(1.0)))
+        exponent = self.b.add(self.b.fptosi(n, self.whole), ir.Constant(self.whole, [127] * self.count))
+        scale = self.b.bitcast(self.b.shl(exponent, ir.Constant(self.whole, [23] * self.count)), self.kind)
+        return self.b.fmul(power, scale)
+
+    def sigmoid(self, x: Any) -> Any:
+        one = self.number(1.0)
+        return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x))))
+
+
+class Writer:
+    """Writes one kernel over rows: its arguments are pairs of an address and a step from row to row, then how many rows
+    there are, groups in a row, and numbers in a group, and something of the kernel's own."""
+
+    def __init__(self, on: Processor, name: str, addresses: int) -> None:
+        self.on, self.module = on, new_module()
+        kinds = [ADDRESS, LONG] * addresses + [LONG] * 4
+        self.f = Function(self.module, f"share of {name}", [LONG, LONG, *kinds])
+        self.b = self.f.builder
+        thread, threads = self.f.arguments[:2]
+        pairs = self.f.arguments[2:-4]
+        rows, self.groups, self.width, self.own = self.f.arguments[-4:]
+        first, last = (self.b.sdiv(self.b.mul(rows, n), threads) for n in (thread, self.b.add(thread, long(1))))
+        with self.f.loop(first, last) as (row, _, _):
+            starts = [at(self.b, a, self.b.mul(row, step)) for a, step in zip(pairs[::2], pairs[1::2], strict=True)]
+            getattr(self, name)(*starts)
+        in_threads(self.module, name, self.f.end())
+
+    def along(self, width: Any, emit: Callable[..., Any]) -> None:
+        """emit(lanes, i) for all numbers, in vectors and the rest one by one."""
+        whole = self.b.and_(width, long(-self.on.width))
+        for lanes, start, stop in ((self.on.width, long(0), whole), (1, whole, width)):
+            with self.f.loop(start, stop, lanes) as (i, _, _):
+                emit(Lanes(self.module, self.b, lanes), i)
+
+    def sum_of(self, width: Any, emit: Callable[..., Any]) -> Any:
+        """The sum of emit(lanes, i, so far)."""
+        whole, sums = self.b.and_(width, long(-self.on.width)), []
+        for count, start, stop in ((self.on.width, long(0), whole), (1, whole, width)):
+            lanes = Lanes(self.module, self.b, count)
+            with self.f.loop(start, stop, count, [lanes.number(0.0)]) as (i, (so_far,), following):
+                following[0] = emit(lanes, i, so_far)
+            sums.append(lanes.total(so_far))
+        return self.b.fadd(*sums)
+
+    def norm(self, x: Any, out: Any, rstd: Any, weight: Any) -> None:
+        """`own`: epsilon, as the bits of a float32. rstd is written where it is somewhere."""
+        b = self.b
+        eps = b.bitcast(b.trunc(self.own, INT), FLOAT)
+        with self.f.loop(long(0), self.groups) as (group, _, _):
+            x, out = (at(b, a, b.mul(group, b.mul(self.width, long(NUMBER)))) for a in (x, out))
+            squares = self.sum_of(self.width, lambda v, i, sum_: v.multiply_add(v.load(x, i), v.load(x, i), sum_))
+            mean = b.fdiv(squares, b.sitofp(self.width, FLOAT))
+            root = b.call(declare(self.module, "llvm.sqrt.f32", [FLOAT], FLOAT), [b.fadd(mean, eps)])
+            scale = b.fdiv(ir.Constant(FLOAT, 1.0), root)
+            with b.if_then(is_there(b, rstd)):
+                b.store(scale, at(b, rstd, b.mul(group, long(NUMBER))), align=NUMBER)
+
+            def write(v: Lanes, i: Any) -> None:
+                v.store(b.fmul(b.fmul(v.load(x, i), v.everywhere(scale)), v.load(weight, i)), out, i)
+
+            self.along(self.width, write)
+
+    def norm_backward(self, dy: Any, x: Any, rstd: Any, weight: Any, dx: Any) -> None:
+        """Adds to dx. One group."""
+        b = self.b
+        scale = b.load(rstd, typ=FLOAT, align=NUMBER)
+
+        def product(v: Lanes, i: Any) -> Any:
+            return b.fmul(v.load(dy, i), v.load(weight, i))
+
+        dots = self.sum_of(self.width, lambda v, i, sum_: v.multiply_add(product(v, i), v.load(x, i), sum_))
+        mean = b.fdiv(dots, b.sitofp(self.width, FLOAT))
+        less = b.fneg(b.fmul(b.fmul(mean, scale), b.fmul(scale, scale)))
+
+        def write(v: Lanes, i: Any) -> None:
+            so_far = v.multiply_add(product(v, i), v.everywhere(scale), v.load(dx, i))
+            v.store(v.multiply_add(v.load(x, i), v.everywhere(less), so_far), dx, i)
+
+        self.along(self.width, write)
+
+    def swiglu(self, gate_up: Any, out: Any) -> None:
+        up = at(self.b, gate_up, self.b.mul(self.width, long(NUMBER)))
+
+        def write(v: Lanes, i: Any) -> None:
+            gate = v.load(gate_up, i)
+            v.store(self.b.fmul(self.b.fmul(gate, v.sigmoid(gate)), v.load(up, i)), out, i)
+
+        self.along(self.width, write)
+
+    def swiglu_backward(self, dy: Any, gate_up: Any, out: Any, d_gate_up: Any) -> None:
+        b = self.b
+        up, d_up = (at(b, a, b.mul(self.width, long(NUMBER))) for a in (gate_up, d_gate_up))
+
+        def write(v: Lanes, i: Any) -> None:
+            gate, above, one = v.load(gate_up, i), v.load(dy, i), v.number(1.0)
+            sigmoid = v.sigmoid(gate)
+            silu, ups = b.fmul(gate, sigmoid), v.load(up, i)
+            v.store(b.fmul(silu, ups), out, i)
+            v.store(b.fmul(above, silu), d_up, i)
+            slope = b.fmul(sigmoid, v.multiply_add(gate, b.fsub(one, sigmoid), one))
+            v.store(b.fmul(b.fmul(above, ups), slope), d_gate_up, i)
+
+        self.along(self.width, write)
+
+    def rotate(self, x: Any, cos: Any, sin: Any) -> None:
+        """In place on the first 2 * width numbers of a group. `own`: a group's size, negative to turn back."""
+        b = self.b
+        back = b.icmp_signed("<", self.own, long(0))
+        size = b.select(back, b.neg(self.own), self.own)
+        sign = b.select(back, ir.Constant(FLOAT, -1.0), ir.Constant(FLOAT, 1.0))
+        with self.f.loop(long(0), self.groups) as (group, _, _):
+            first = at(b, x, b.mul(group, b.mul(size, long(NUMBER))))
+            second = at(b, first, b.mul(self.width, long(NUMBER)))
+
+            def write(v: Lanes, i: Any) -> None:
+                one, other = v.load(first, i), v.load(second, i)
+                c, s = v.load(cos, i), b.fmul(v.load(sin, i), v.everywhere(sign))
+                v.store(b.fsub(b.fmul(one, c), b.fmul(other, s)), first, i)
+                v.store(v.multiply_add(other, c, b.fmul(one, s)), second, i)
+
+            self.along(self.width, write)
+
+
+def usable(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and processor() is not None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor | None = None) -> None:
+    """x and out [rows, width] or [rows, groups, width]; rstd [rows, 1] or [rows, groups, 1], contiguous."""
+    _run("norm", (x, out, rstd, weight), len(x), x.shape[1] if x.dim() == 3 else 1, x.shape[-1], _bits(eps))
+
+
+def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, add_to: Tensor) -> None:
+    """dy, x and add_to [rows, width], rstd [rows, 1]."""
+    _run("norm_backward", (dy, x, rstd, weight, add_to), len(x), 1, x.shape[1])
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """gate_up [rows, 2 * width], out [rows, width]."""
+    _run("swiglu", (gate_up, out), len(out), 1, out.shape[1])
+
+
+def swiglu_backward(dy: Tensor, gate_up: Tensor, out: Tensor, d_gate_up: Tensor) -> None:
+    """dy and out [rows, width], the others [rows, 2 * width]."""
+    _run("swiglu_backward", (dy, gate_up, out, d_gate_up), len(out), 1, out.shape[1])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+    """x [rows, heads, dim], in place; cos and sin [rows, 1, half]."""
+    dim = x.shape[-1]
+    _run("rotate", (x, cos, sin), len(x), x.shape[1], cos.shape[-1], -dim if back else dim)
+
+
+def _run(name: str, tensors: Sequence[Tensor | None], rows: int, groups: int, width: int, own: int = 0) -> None:
+    arguments = []
+    for tensor in tensors:
+        if tensor is None:
+            arguments += (0, 0)
+            continue
+        shape, strides = tensor.shape, tensor.stride()
+        assert strides[-1] == 1 or shape[-1] == 1
+        assert len(shape) < 3 or groups == 1 or shape[1] == 1 or strides[1] == shape[2]
+        arguments += (tensor.data_ptr(), 0 if len(shape) == 1 else NUMBER * strides[0])
+    threads = torch.get_num_threads() if rows * groups * width >= FEW else 1
+    _compiled(name, len(tensors))(threads, *arguments, rows, groups, width, own)
+
+
+@cache
+def _bits(number: float) -> int:
+    """Of a float32."""
+    return int.from_bytes(struct.pack("<f", number), "little")
+
+
+@cache
+def _compiled(name: str, addresses: int) -> Callable[..., None]:
+    on = processor()
+    assert on is not None
+    return compiled(Writer(on, name, addresses).module, name)
