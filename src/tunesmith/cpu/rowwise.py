@@ -16,6 +16,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from tunesmith.cpu.lanes import Lanes, along, sum_along
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
@@ -35,61 +36,6 @@ from tunesmith.cpu.writing import (
 )
 
 FEW = 1 << 15  # numbers that are not worth a second thread
-# exp(r) for |r| <= ln(2) / 2, and ln(2) in two parts, of which the first times n is exact (Cephes' expf, S. Moshier)
-LN2 = (0.693359375, -2.12194440e-4)
-POWERS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-SMALLEST, LARGEST = -87.3, 88.3  # where float32 ends
-
-
-class Lanes:
-    """Vectors of `count` numbers in a function being written."""
-
-    def __init__(self, module: ir.Module, builder: ir.IRBuilder, count: int) -> None:
-        self.module, self.b, self.count = module, builder, count
-        self.kind, self.whole = ir.VectorType(FLOAT, count), ir.VectorType(INT, count)
-
-    def load(self, address: Any, i: Any) -> Any:
-        return self.b.load(at(self.b, address, self.b.mul(i, long(NUMBER))), typ=self.kind, align=NUMBER)
-
-    def store(self, value: Any, address: Any, i: Any) -> None:
-        self.b.store(value, at(self.b, address, self.b.mul(i, long(NUMBER))), align=NUMBER)
-
-    def number(self, value: float) -> Any:
-        return ir.Constant(self.kind, [value] * self.count)
-
-    def everywhere(self, value: Any) -> Any:
-        nothing = ir.Constant(self.kind, ir.Undefined)
-        first = self.b.insert_element(nothing, value, ir.Constant(INT, 0))
-        return self.b.shuffle_vector(first, nothing, ir.Constant(self.whole, [0] * self.count))
-
-    def call(self, name: str, *values: Any) -> Any:
-        """One of LLVM's functions of vectors."""
-        function = declare(self.module, f"llvm.{name}.v{self.count}f32", [self.kind] * len(values), self.kind)
-        return self.b.call(function, values)
-
-    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
-        return self.call("fma", x, y, z)
-
-    def total(self, x: Any) -> Any:
-        name = f"llvm.vector.reduce.fadd.v{self.count}f32"
-        return self.b.call(declare(self.module, name, [FLOAT, self.kind], FLOAT), [ir.Constant(FLOAT, 0.0), x])
-
-    def exp(self, x: Any) -> Any:
-        """2^n e^r, with x = n ln(2) + r."""
-        x = self.call("minnum", self.call("maxnum", x, self.number(SMALLEST)), self.number(LARGEST))
-        n = self.call("rint", self.b.fmul(x, self.number(1.4426950408889634)))
-        r = self.multiply_add(n, self.number(-LN2[1]), self.multiply_add(n, self.number(-LN2[0]), x))
-        power = self.number(POWERS[0])
-        for factor in POWERS[1:]:
-            power = self.multiply_add(power, r, self.number(factor))
-        power = self.multiply_add(power, self.b.fmul(r, r), self.b.fadd(r, self.number(1.0)))
-        exponent = self.b.add(self.b.fptosi(n, self.whole), ir.Constant(self.whole, [127] * self.count))
-        scale = self.b.bitcast(self.b.shl(exponent, ir.Constant(self.whole, [23] * self.count)), self.kind)
-        return self.b.fmul(power, scale)
-
-    def sigmoid(self, x: Any) -> Any:
-        one = self.number(1.0)
-        return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x))))
 
 
 class Writer:
@@ -110,22 +56,8 @@ class Writer:
             getattr(self, name)(*starts)
         in_threads(self.module, name, self.f.end())
 
-    def along(self, width: Any, emit: Callable[..., Any]) -> None:
-        """emit(lanes, i) for all numbers, in vectors and the rest one by one."""
-        whole = self.b.and_(width, long(-self.on.width))
-        for lanes, start, stop in ((self.on.width, long(0), whole), (1, whole, width)):
-            with self.f.loop(start, stop, lanes) as (i, _, _):
-                emit(Lanes(self.module, self.b, lanes), i)
-
-    def sum_of(self, width: Any, emit: Callable[..., Any]) -> Any:
-        """The sum of emit(lanes, i, so far)."""
-        whole, sums = self.b.and_(width, long(-self.on.width)), []
-        for count, start, stop in ((self.on.width, long(0), whole), (1, whole, width)):
-            lanes = Lanes(self.module, self.b, count)
-            with self.f.loop(start, stop, count, [lanes.number(0.0)]) as (i, (so_far,), following):
-                following[0] = emit(lanes, i, so_far)
-            sums.append(lanes.total(so_far))
-        return self.b.fadd(*sums)
+    def along(self, emit: Callable[[Lanes, Any], None]) -> None:
+        along(self.f, self.on, long(0), self.width, emit)
 
     def norm(self, x: Any, out: Any, rstd: Any, weight: Any) -> None:
         """`own`: epsilon, as the bits of a float32. rstd is written where it is somewhere."""
@@ -133,7 +65,9 @@ class Writer:
         eps = b.bitcast(b.trunc(self.own, INT), FLOAT)
         with self.f.loop(long(0), self.groups) as (group, _, _):
             x, out = (at(b, a, b.mul(group, b.mul(self.width, long(NUMBER)))) for a in (x, out))
-            squares = self.sum_of(self.width, lambda v, i, sum_: v.multiply_add(v.load(x, i), v.load(x, i), sum_))
+            squares = sum_along(
+                self.f, self.on, self.width, lambda v, i, sum_: v.multiply_add(v.load(x, i), v.load(x, i), sum_)
+            )
             mean = b.fdiv(squares, b.sitofp(self.width, FLOAT))
             root = b.call(declare(self.module, "llvm.sqrt.f32", [FLOAT], FLOAT), [b.fadd(mean, eps)])
             scale = b.fdiv(ir.Constant(FLOAT, 1.0), root)
@@ -143,7 +77,7 @@ class Writer:
             def write(v: Lanes, i: Any) -> None:
                 v.store(b.fmul(b.fmul(v.load(x, i), v.everywhere(scale)), v.load(weight, i)), out, i)
 
-            self.along(self.width, write)
+            self.along(write)
 
     def norm_backward(self, dy: Any, x: Any, rstd: Any, weight: Any, dx: Any) -> None:
         """Adds to dx. One group."""
@@ -153,7 +87,9 @@ class Writer:
         def product(v: Lanes, i: Any) -> Any:
             return b.fmul(v.load(dy, i), v.load(weight, i))
 
-        dots = self.sum_of(self.width, lambda v, i, sum_: v.multiply_add(product(v, i), v.load(x, i), sum_))
+        dots = sum_along(
+            self.f, self.on, self.width, lambda v, i, sum_: v.multiply_add(product(v, i), v.load(x, i), sum_)
+        )
         mean = b.fdiv(dots, b.sitofp(self.width, FLOAT))
         less = b.fneg(b.fmul(b.fmul(mean, scale), b.fmul(scale, scale)))
 
@@ -161,7 +97,7 @@ class Writer:
             so_far = v.multiply_add(product(v, i), v.everywhere(scale), v.load(dx, i))
             v.store(v.multiply_add(v.load(x, i), v.everywhere(less), so_far), dx, i)
 
-        self.along(self.width, write)
+        self.along(write)
 
     def swiglu(self, gate_up: Any, out: Any) -> None:
         up = at(self.b, gate_up, self.b.mul(self.width, long(NUMBER)))
@@ -170,7 +106,7 @@ class Writer:
             gate = v.load(gate_up, i)
             v.store(self.b.fmul(self.b.fmul(gate, v.sigmoid(gate)), v.load(up, i)), out, i)
 
-        self.along(self.width, write)
+        self.along(write)
 
     def swiglu_backward(self, dy: Any, gate_up: Any, out: Any, d_gate_up: Any) -> None:
         b = self.b
@@ -185,7 +121,7 @@ class Writer:
             slope = b.fmul(sigmoid, v.multiply_add(gate, b.fsub(one, sigmoid), one))
             v.store(b.fmul(b.fmul(above, ups), slope), d_gate_up, i)
 
-        self.along(self.width, write)
+        self.along(write)
 
     def rotate(self, x: Any, cos: Any, sin: Any) -> None:
         """In place on the first 2 * width numbers of a group. `own`: a group's size, negative to turn back."""
@@ -203,7 +139,7 @@ class Writer:
                 v.store(b.fsub(b.fmul(one, c), b.fmul(other, s)), first, i)
                 v.store(v.multiply_add(other, c, b.fmul(one, s)), second, i)
 
-            self.along(self.width, write)
+            self.along(write)
 
 
 def usable(x: Tensor) -> bool:

@@ -2,12 +2,7 @@
 
 A step's rows use adapters in two ways. Runs of prompt tokens have many rows on one adapter: two thin products. Decoding
 rows have one row each on many adapters, where one product an adapter would be nearly all overhead. There all adapters'
-A and B lie row by row in one table each, and two operations made for other ends read just the rows that are needed,
-whatever the ranks, at the speed of memory (which is all they cost: 16 adapters of rank 25 are as much to read as the
-base):
-
-    low[j, r] = A[r] x[j]                 for the r of row j's adapter: the product x A^T sampled in a few places
-    y[j]     += sum_r low[j, r] B[r]      a weighted sum of rows of a table, which is what embedding_bag computes
+A and B lie row by row in one table each, and just the rows that are needed are read, whatever the ranks (cpu/thin.py).
 
 DoRA is y = g (W x + s B A x) + bias: its B is put into the tables with g in it, and W x is multiplied beforehand.
 
@@ -18,14 +13,14 @@ exact to rounding, and nothing is left to do for the adapter.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunesmith.cpu import thin
 from tunesmith.engine.packing import Packing, Product
 from tunesmith.models.dora import gain
 from tunesmith.models.lora import LoraLinear, LoraModel
@@ -78,14 +73,13 @@ class Mix:
     singles: tuple[tuple[str | None, Place], ...]
     whole: str | None = None  # the adapter that every row uses, where it is one
     names: frozenset[str | None] = frozenset()  # of the singles
-    _sampled: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = frozenset(name for name, _ in self.singles)
-        # The singles' table rows, one after the other, and where each single's begin.
+        # The singles' table rows, one after the other, and the single each belongs to.
         self.table_rows = torch.tensor([row for _, place in self.singles for row in place.rows], dtype=torch.long)
-        self._starts = torch.tensor([0, *(place.rank for _, place in self.singles)]).cumsum(0)
-        self.bags = self._starts[:-1]
+        ranks = torch.tensor([place.rank for _, place in self.singles], dtype=torch.long)
+        self.owners = torch.arange(len(self.singles)).repeat_interleave(ranks)
 
     @classmethod
     def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place], whole: str | None = None) -> Mix:
@@ -100,20 +94,6 @@ class Mix:
             if stop > singles:
                 runs.append((name, places[name], max(start, singles), stop))
         return cls(tuple(runs), tuple(own), whole)
-
-    def sampled(self, linears: int, room: int) -> Tensor:
-        """The places of x A^T that count, [singles, room * linears] sparse: row r of every linear's A lies together.
-
-        Worked example: 2 linears, table rows 1 and 4 give the columns 2 3 8 9.
-        """
-        if (linears, room) not in self._sampled:
-            columns = (self.table_rows[:, None] * linears + torch.arange(linears)).flatten()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch calls its sparse tensors a beta
-                self._sampled[linears, room] = torch.sparse_csr_tensor(
-                    self._starts * linears, columns, torch.zeros(len(columns)), (len(self.singles), room * linears)
-                )
-        return self._sampled[linears, room]
 
 
 class Projection:
@@ -228,13 +208,9 @@ class Projection:
             y[rows] = torch.addcmul(part, plain, torch.stack(list(gains.values())))
 
     def _add_singles(self, x: Tensor, y: Tensor, mix: Mix) -> None:
-        count, singles = len(self._columns), len(mix.singles)
-        where = mix.sampled(count, len(self._downs))
-        table = self._downs.flatten(0, 1)
-        low = torch.sparse.sampled_addmm(where, x[:singles], table.t(), beta=0.0).values()
-        for weights, columns, up in zip(low.view(-1, count).t().contiguous(), self._columns, self._ups, strict=True):
-            added = torch.embedding_bag(up, mix.table_rows, mix.bags, False, 0, False, weights)
-            y[:singles, columns] += added[0]
+        low = thin.down(self._downs, mix.table_rows, mix.owners, x)
+        for own, columns, up in zip(low, self._columns, self._ups, strict=True):
+            thin.up(up, mix.table_rows, mix.owners, own, y[:, columns])
 
 
 def _longer(table: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""Vectors of numbers in a kernel, and walking along a row with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from tunesmith.cpu.writing import FLOAT, INT, NUMBER, Function, Processor, at, declare, long
+
+# exp(r) for |r| <= ln(2) / 2, and ln(2) in two parts, of which the first times n is exact (Cephes' expf, S. Moshier)
+LN2 = (0.693359375, -2.12194440e-4)
+POWERS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+SMALLEST, LARGEST = -87.3, 88.3  # where float32 ends
+
+
+class Lanes:
+    """Vectors of `count` numbers in a function being written."""
+
+    def __init__(self, f: Function, count: int) -> None:
+        self.module, self.b, self.count = f.itself.module, f.builder, count
+        self.kind, self.whole = ir.VectorType(FLOAT, count), ir.VectorType(INT, count)
+
+    def load(self, address: Any, i: Any) -> Any:
+        return self.b.load(at(self.b, address, self.b.mul(i, long(NUMBER))), typ=self.kind, align=NUMBER)
+
+    def store(self, value: Any, address: Any, i: Any) -> None:
+        self.b.store(value, at(self.b, address, self.b.mul(i, long(NUMBER))), align=NUMBER)
+
+    def number(self, value: float) -> Any:
+        return ir.Constant(self.kind, [value] * self.count)
+
+    def everywhere(self, value: Any) -> Any:
+        nothing = ir.Constant(self.kind, ir.Undefined)
+        first = self.b.insert_element(nothing, value, ir.Constant(INT, 0))
+        return self.b.shuffle_vector(first, nothing, ir.Constant(self.whole, [0] * self.count))
+
+    def call(self, name: str, *values: Any) -> Any:
+        """One of LLVM's functions of vectors."""
+        function = declare(self.module, f"llvm.{name}.v{self.count}f32", [self.kind] * len(values), self.kind)
+        return self.b.call(function, values)
+
+    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
+        return self.call("fma", x, y, z)
+
+    def total(self, x: Any) -> Any:
+        name = f"llvm.vector.reduce.fadd.v{self.count}f32"
+        return self.b.call(declare(self.module, name, [FLOAT, self.kind], FLOAT), [ir.Constant(FLOAT, 0.0), x])
+
+    def exp(self, x: Any) -> Any:
+        """2^n e^r, with x = n ln(2) + r."""
+        x = self.call("minnum", self.call("maxnum", x, self.number(SMALLEST)), self.number(LARGEST))
+        n = self.call("rint", self.b.fmul(x, self.number(1.4426950408889634)))
+        r = self.multiply_add(n, self.number(-LN2[1]), self.multiply_add(n, self.number(-LN2[0]), x))
+        power = self.number(POWERS[0])
+        for factor in POWERS[1:]:
+            power = self.multiply_add(power, r, self.number(factor))
+        power = self.multiply_add(power, self.b.fmul(r, r), self.b.fadd(r, self.number(1.0)))
+        exponent = self.b.add(self.b.fptosi(n, self.whole), ir.Constant(self.whole, [127] * self.count))
+        scale = self.b.bitcast(self.b.shl(exponent, ir.Constant(self.whole, [23] * self.count)), self.kind)
+        return self.b.fmul(power, scale)
+
+    def sigmoid(self, x: Any) -> Any:
+        one = self.number(1.0)
+        return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x))))
+
+
+def along(f: Function, on: Processor, start: Any, stop: Any, emit: Callable[[Lanes, Any], None]) -> None:
+    """emit(lanes, i) for all numbers from start to stop, in vectors, and the rest one by one."""
+    whole = f.builder.add(start, f.builder.and_(f.builder.sub(stop, start), long(-on.width)))
+    for count, first, last in ((on.width, start, whole), (1, whole, stop)):
+        with f.loop(first, last, count) as (i, _, _):
+            emit(Lanes(f, count), i)
+
+
+def sum_along(f: Function, on: Processor, width: Any, emit: Callable[[Lanes, Any, Any], Any], ways: int = 1) -> Any:
+    """The sum of what emit(lanes, i, so far) adds up for all numbers; `ways` sums at a time, for want of waiting."""
+    rest, total = long(0), None
+    for count, most in ((on.width, ways), (on.width, 1), (1, 1)):
+        lanes, step = Lanes(f, count), count * most
+        end = f.builder.add(rest, f.builder.and_(f.builder.sub(width, rest), long(-step)))
+        with f.loop(rest, end, step, [lanes.number(0.0)] * most) as (i, so_far, following):
+            for way in range(most):
+                following[way] = emit(lanes, f.builder.add(i, long(way * count)), so_far[way])
+        for each in so_far:
+            found = lanes.total(each)
+            total = found if total is None else f.builder.fadd(total, found)
+        rest = end
+    return total
