@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.cpu.tiles import Kind, Tiles
-from tunesmith.cpu.writing import NUMBER, compiled, processor
+from tunesmith.cpu.writing import NUMBER, Processor, compiled, processor
 
 FEW = 1 << 15  # multiplications that are not worth a second thread
 
@@ -79,7 +79,7 @@ def product(
     y = x.new_empty(len(x), w.out) if out is None else out
     whole_bias = None if bias is None else _padded(bias, w.on.columns)
     panel = w.numbers[0].nbytes if len(w.numbers) else 0
-    _run(kind, x, w.numbers, panel, y, added=added, thin=thin, bias=whole_bias, scale=w.scale)
+    _run(w.on, kind, x, w.numbers, panel, y, added=added, thin=thin, bias=whole_bias, scale=w.scale)
     return y
 
 
@@ -92,11 +92,12 @@ def back_product(
     if w.on is None:
         return _plain(dy @ w.matrix, out, added, thin)
     y = dy.new_empty(len(dy), w.inner) if out is None else out
-    _run(Kind.BACK, dy, w.numbers, w.numbers[0].nbytes if len(w.numbers) else 0, y, added=added, thin=thin)
+    _run(w.on, Kind.BACK, dy, w.numbers, w.numbers[0].nbytes if len(w.numbers) else 0, y, added=added, thin=thin)
     return y
 
 
 def _run(
+    on: Processor,
     kind: Kind,
     x: Tensor,
     w: Tensor,
@@ -119,11 +120,9 @@ def _run(
     assert added is None or (added.shape == y.shape and added.stride(1) == 1 and added.dtype == y.dtype)
     if not rows or not width:
         return
-    on = processor()
-    assert on is not None
     threads = torch.get_num_threads() if rows * inner * width >= FEW else 1
     split_rows = width < 4 * threads * on.columns and rows >= threads * on.rows
-    _compiled(kind)(
+    _compiled(on, kind)(
         threads,
         x.data_ptr(),
         NUMBER * x.stride(0),
@@ -160,7 +159,5 @@ def _padded(numbers: Tensor, columns: int) -> Tensor:
 
 
 @cache
-def _compiled(kind: Kind) -> Callable[..., None]:
-    on = processor()
-    assert on is not None
+def _compiled(on: Processor, kind: Kind) -> Callable[..., None]:
     return compiled(Tiles(on, kind).module, "product")

@@ -183,7 +183,9 @@ def _run(name: str, tensors: Sequence[Tensor | None], rows: int, groups: int, wi
         assert len(shape) < 3 or groups == 1 or shape[1] == 1 or strides[1] == shape[2]
         arguments += (tensor.data_ptr(), 0 if len(shape) == 1 else NUMBER * strides[0])
     threads = torch.get_num_threads() if rows * groups * width >= FEW else 1
-    _compiled(name, len(tensors))(threads, *arguments, rows, groups, width, own)
+    on = processor()
+    assert on is not None
+    _compiled(on, name, len(tensors))(threads, *arguments, rows, groups, width, own)
 
 
 @cache
@@ -193,7 +195,5 @@ def _bits(number: float) -> int:
 
 
 @cache
-def _compiled(name: str, addresses: int) -> Callable[..., None]:
-    on = processor()
-    assert on is not None
+def _compiled(on: Processor, name: str, addresses: int) -> Callable[..., None]:
     return compiled(Writer(on, name, addresses).module, name)

@@ -40,12 +40,13 @@ WAYS = 4  # sums at a time
 def down(table: Tensor, ranks: Tensor, owners: Tensor, x: Tensor) -> Tensor:
     """low [linears, entries]. table [room, linears, in], contiguous; ranks and owners [entries] int64; x [rows, in]."""
     linears, entries, width = table.shape[1], len(ranks), table.shape[2]
-    if processor() is None:
+    if (on := processor()) is None:
         return torch.einsum("eli,ei->le", table[ranks], x[owners])
-    assert table.is_contiguous() and x.stride(1) == 1
+    assert table.is_contiguous()
+    assert x.stride(1) == 1
     assert x.shape[1] == width
     low = x.new_empty(linears, entries)
-    _compiled(_write_down, "down")(
+    _compiled(on, _write_down, "down")(
         _threads(entries * linears * width),
         table.data_ptr(),
         ranks.data_ptr(),
@@ -62,13 +63,14 @@ def down(table: Tensor, ranks: Tensor, owners: Tensor, x: Tensor) -> Tensor:
 
 def up(table: Tensor, ranks: Tensor, owners: Tensor, low: Tensor, y: Tensor) -> None:
     """Adds to y [rows, out]. table [room, out], contiguous; low, ranks and owners [entries], owners ascending."""
-    if processor() is None:
+    if (on := processor()) is None:
         y.index_add_(0, owners, low[:, None] * table[ranks])
         return
-    assert table.is_contiguous() and low.is_contiguous()
+    assert table.is_contiguous()
+    assert low.is_contiguous()
     assert y.stride(1) == 1
     assert y.shape[1] == table.shape[1]
-    _compiled(_write_up, "up")(
+    _compiled(on, _write_up, "up")(
         _threads(len(ranks) * y.shape[1]),
         table.data_ptr(),
         ranks.data_ptr(),
@@ -131,7 +133,5 @@ def _threads(numbers: int) -> int:
 
 
 @cache
-def _compiled(write: Callable[[Processor], ir.Module], name: str) -> Callable[..., None]:
-    on = processor()
-    assert on is not None
+def _compiled(on: Processor, write: Callable[[Processor], ir.Module], name: str) -> Callable[..., None]:
     return compiled(write(on), name)
