@@ -45,8 +45,12 @@ class Lanes:
         return self.call("fma", x, y, z)
 
     def total(self, x: Any) -> Any:
-        name = f"llvm.vector.reduce.fadd.v{self.count}f32"
-        return self.b.call(declare(self.module, name, [FLOAT, self.kind], FLOAT), [ir.Constant(FLOAT, 0.0), x])
+        """The sum of a vector's numbers, by halves."""
+        while (half := x.type.count // 2) > 0:
+            low, high = (ir.Constant(ir.VectorType(INT, half), list(range(n, n + half))) for n in (0, half))
+            nothing = ir.Constant(x.type, ir.Undefined)
+            x = self.b.fadd(self.b.shuffle_vector(x, nothing, low), self.b.shuffle_vector(x, nothing, high))
+        return self.b.extract_element(x, ir.Constant(INT, 0))
 
     def exp(self, x: Any) -> Any:
         """2^n e^r, with x = n ln(2) + r."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tunesmith.cpu.attention import Piece, Pieces, Places, attend, cache, can_attend
 from tunesmith.engine.cache import KeyValues, Node, Slots
 
 Part = tuple[Tensor, Tensor]  # out [.., queries, dim], log-sum-exp [.., queries] in float32
@@ -52,10 +53,16 @@ class CacheContext:
     spans: Sequence[Span]
     below: Sequence[Below]
     _masks: dict[tuple[object, int | None], Tensor | None] = field(default_factory=dict)
+    _pieces: dict[int | None, Pieces] = field(default_factory=dict)
+    _places: Places | None = None
 
     def __post_init__(self) -> None:
         decoding = len(self.slot_index)
         self.decoding = decoding
+        # Nodes that one decoding row alone sees are read with what is its own, where there is a kernel for it.
+        alone = [len(below.rows) == 1 and int(below.rows[0]) < decoding for below in self.below]
+        self.own_nodes = [below for below, own in zip(self.below, alone, strict=True) if own]
+        self.shared_nodes = [below for below, own in zip(self.below, alone, strict=True) if not own]
         if decoding:
             self.reach = int(self.offsets.max()) + 1
             self.count, self.width = int(self.slot_index.max()) + 1, int(self.turns.max()) + 1  # slots, rows in each
@@ -75,33 +82,64 @@ class CacheContext:
         softcap: float | None,
     ) -> Tensor:
         """See AttentionContext. Writes the rows' keys and values to the cache first."""
-        self._write(layer, key[0], value[0])
+        alone = softcap is None and can_attend(query, value)
+        self._write(layer, key[0], value[0], alone)
         _, heads, tokens, _ = query.shape
         dim = value.shape[-1]
         out = query.new_empty(tokens, heads, dim)
         lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
         if self.decoding:
-            part = self._decode(layer, query[0, :, : self.decoding], scaling, sliding_window, softcap)
-            out[: self.decoding], lse[: self.decoding] = part
+            rows = query[0, :, : self.decoding]
+            if alone:
+                self._attend_alone(layer, rows, scaling, sliding_window, out, lse)
+            else:
+                out[: self.decoding], lse[: self.decoding] = self._decode(layer, rows, scaling, sliding_window, softcap)
         for span in self.spans:
             rows = query[:, :, span.start : span.stop]
             part = self._span(layer, span, rows, scaling, sliding_window, softcap)
             out[span.start : span.stop] = part[0][0].transpose(0, 1)
             lse[span.start : span.stop] = part[1][0].T
-        for below in self.below:
+        for below in self.shared_nodes if alone else self.below:
             self._merge(layer, below, query, out, lse, scaling, sliding_window, softcap)
         return out[None]
 
-    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def _write(self, layer: int, key: Tensor, value: Tensor, alone: bool) -> None:
         """key, value [kv_heads, tokens, dim] into the slots and stores."""
-        if self.decoding:
+        kv = self.slots.kv
+        if self.decoding and alone:
+            if self._places is None:
+                self._places = Places(self.slot_index.tolist(), self.offsets.tolist())
+            rows = slice(self.decoding)
+            cache(key[:, rows], value[:, rows], kv.keys[layer], kv.values[layer], self._places)
+        elif self.decoding:
             where = (self.slot_index, slice(None), self.offsets)
-            self.slots.kv.keys[layer][where] = key[:, : self.decoding].transpose(0, 1)
-            self.slots.kv.values[layer][where] = value[:, : self.decoding].transpose(0, 1)
+            kv.keys[layer][where] = key[:, : self.decoding].transpose(0, 1)
+            kv.values[layer][where] = value[:, : self.decoding].transpose(0, 1)
         for span in self.spans:
             into = slice(span.offset, span.offset + span.stop - span.start)
             span.store.keys[layer][:, into] = key[:, span.start : span.stop]
             span.store.values[layer][:, into] = value[:, span.start : span.stop]
+
+    def _attend_alone(
+        self, layer: int, query: Tensor, scaling: float, window: int | None, out: Tensor, lse: Tensor
+    ) -> None:
+        """query [heads, decoding, dim]; fills the first rows of out and lse."""
+        if window not in self._pieces:
+            self._pieces[window] = self._look_alone(window)
+        stores = [self.slots.kv, *(below.node.kv for below in self.own_nodes)]
+        keys, values = [kv.keys[layer] for kv in stores], [kv.values[layer] for kv in stores]
+        attend(query, keys, values, self._pieces[window], scaling, out[: self.decoding], lse[: self.decoding])
+
+    def _look_alone(self, window: int | None) -> Pieces:
+        """What each decoding row looks at: its slot up to itself, then the nodes that are its alone."""
+        rows: list[list[Piece]] = []
+        for slot, offset in zip(self.slot_index.tolist(), self.offsets.tolist(), strict=True):
+            rows.append([Piece(0, 0 if window is None else max(0, offset + 1 - window), offset + 1, slot)])
+        for store, below in enumerate(self.own_nodes, 1):
+            (row,), node = below.rows.tolist(), below.node
+            start = 0 if window is None else max(0, int(self.positions[row]) + 1 - window - node.start)
+            rows[row].append(Piece(store, start, node.end - node.start))
+        return Pieces(rows)
 
     def _decode(self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None) -> Part:
         """query [heads, decoding, dim] -> out [decoding, heads, dim], lse [decoding, heads]."""
