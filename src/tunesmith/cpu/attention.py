@@ -32,14 +32,16 @@ from tunesmith.cpu.writing import (
     compiled,
     declare,
     in_threads,
+    integer_at,
     long,
     new_module,
     processor,
     scratch,
+    share_of,
+    threads_for,
 )
 
 BLOCK = 32  # keys whose scores exist at a time
-FEW = 1 << 13  # numbers of keys that are not worth a second thread
 MOST_VECTORS = 8  # of a head's sum that registers hold at a time
 
 
@@ -127,9 +129,8 @@ def attend(
     assert all(k.stride() == v.stride() for k, v in zip(keys, values, strict=True))
     tables = [_addresses(keys), _addresses(values)]
     steps = np.array([[s.stride(0) if s.dim() == 4 else 0, s.stride(-3)] for s in keys], dtype=np.int64) * NUMBER
-    threads = torch.get_num_threads() if pieces.tokens * kv_heads * dim >= FEW else 1
     _compiled(on, dim, heads // kv_heads)(
-        threads,
+        threads_for(pieces.tokens * kv_heads * dim),
         query.data_ptr(),
         NUMBER * query.stride(1),
         NUMBER * query.stride(0),
@@ -165,7 +166,7 @@ class Writer:
         self.scores = [scratch(b, BLOCK * NUMBER) for _ in range(group)]
         self.sums = [scratch(b, dim * NUMBER) for _ in range(group)]
         pairs = b.mul(rows, kv_heads)
-        first, last = (b.sdiv(b.mul(pairs, n), threads) for n in (thread, b.add(thread, long(1))))
+        first, last = share_of(b, pairs, thread, threads)
         with f.loop(first, last) as (pair, _, _):
             row, head = b.sdiv(pair, kv_heads), b.srem(pair, kv_heads)
             at_head = b.mul(head, b.mul(head_step, long(group)))
@@ -174,13 +175,15 @@ class Writer:
             for each in self.sums:
                 for i in range(0, dim, on.width):
                     self.v.store(self.v.number(0.0), each, long(i))
-            begin, end = _whole(b, starts, row), _whole(b, starts, b.add(row, long(1)))
+            begin, end = integer_at(b, starts, row), integer_at(b, starts, b.add(row, long(1)))
             state = [ir.Constant(FLOAT, number) for number in (float("-inf"), 0.0) for _ in range(group)]
             with f.loop(begin, end, 1, state) as (piece, so_far, following):
-                store, slot, start, count = (_whole(b, table, b.add(b.mul(piece, long(4)), long(n))) for n in range(4))
-                slot_step, kv_step = (_whole(b, steps, b.add(b.mul(store, long(2)), long(n))) for n in range(2))
+                store, slot, start, count = (
+                    integer_at(b, table, b.add(b.mul(piece, long(4)), long(n))) for n in range(4)
+                )
+                slot_step, kv_step = (integer_at(b, steps, b.add(b.mul(store, long(2)), long(n))) for n in range(2))
                 offset = b.add(b.mul(slot, slot_step), b.add(b.mul(head, kv_step), b.mul(start, long(dim * NUMBER))))
-                k, v = (at(b, b.inttoptr(_whole(b, a, store), ADDRESS), offset) for a in (keys, values))
+                k, v = (at(b, b.inttoptr(integer_at(b, a, store), ADDRESS), offset) for a in (keys, values))
                 with f.loop(long(0), count, BLOCK, so_far) as (done, before, after):
                     after[:] = self.block(queries, k, v, done, count, before)
                 following[:] = before
@@ -254,7 +257,7 @@ def _write_cache(on: Processor) -> ir.Module:
     b = f.builder
     new, row_step, head_step, store, rows, kv_heads, dim, slot_step, kv_step, places = f.arguments[2:]
     with f.loop(long(0), rows) as (row, _, _):
-        slot, token = (_whole(b, places, b.add(b.mul(row, long(2)), long(n))) for n in range(2))
+        slot, token = (integer_at(b, places, b.add(b.mul(row, long(2)), long(n))) for n in range(2))
         start = b.add(b.mul(slot, slot_step), b.mul(token, b.mul(dim, long(NUMBER))))
         with f.loop(long(0), kv_heads) as (head, _, _):
             source = at(b, new, b.add(b.mul(row, row_step), b.mul(head, head_step)))
@@ -266,11 +269,6 @@ def _write_cache(on: Processor) -> ir.Module:
             along(f, on, long(0), dim, move)
     in_threads(f.itself.module, "cache", f.end())
     return f.itself.module
-
-
-def _whole(b: ir.IRBuilder, numbers: Any, i: Any) -> Any:
-    """numbers[i], int64."""
-    return b.load(at(b, numbers, b.mul(i, long(8))), typ=LONG, align=8)
 
 
 @functools.cache

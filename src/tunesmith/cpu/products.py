@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.cpu.tiles import Kind, Tiles
-from tunesmith.cpu.writing import NUMBER, Processor, compiled, processor
-
-FEW = 1 << 15  # multiplications that are not worth a second thread
+from tunesmith.cpu.writing import NUMBER, Processor, compiled, processor, threads_for
 
 
 class Panels:
@@ -120,7 +118,7 @@ def _run(
     assert added is None or (added.shape == y.shape and added.stride(1) == 1 and added.dtype == y.dtype)
     if not rows or not width:
         return
-    threads = torch.get_num_threads() if rows * inner * width >= FEW else 1
+    threads = threads_for(rows * inner * width)
     split_rows = width < 4 * threads * on.columns and rows >= threads * on.rows
     _compiled(on, kind)(
         threads,

@@ -33,9 +33,9 @@ from tunesmith.cpu.writing import (
     long,
     new_module,
     processor,
+    share_of,
+    threads_for,
 )
-
-FEW = 1 << 15  # numbers that are not worth a second thread
 
 
 class Writer:
@@ -50,7 +50,7 @@ class Writer:
         thread, threads = self.f.arguments[:2]
         pairs = self.f.arguments[2:-4]
         rows, self.groups, self.width, self.own = self.f.arguments[-4:]
-        first, last = (self.b.sdiv(self.b.mul(rows, n), threads) for n in (thread, self.b.add(thread, long(1))))
+        first, last = share_of(self.b, rows, thread, threads)
         with self.f.loop(first, last) as (row, _, _):
             starts = [at(self.b, a, self.b.mul(row, step)) for a, step in zip(pairs[::2], pairs[1::2], strict=True)]
             getattr(self, name)(*starts)
@@ -182,10 +182,9 @@ def _run(name: str, tensors: Sequence[Tensor | None], rows: int, groups: int, wi
         assert strides[-1] == 1 or shape[-1] == 1
         assert len(shape) < 3 or groups == 1 or shape[1] == 1 or strides[1] == shape[2]
         arguments += (tensor.data_ptr(), 0 if len(shape) == 1 else NUMBER * strides[0])
-    threads = torch.get_num_threads() if rows * groups * width >= FEW else 1
     on = processor()
     assert on is not None
-    _compiled(on, name, len(tensors))(threads, *arguments, rows, groups, width, own)
+    _compiled(on, name, len(tensors))(threads_for(rows * groups * width), *arguments, rows, groups, width, own)
 
 
 @cache

@@ -28,12 +28,14 @@ from tunesmith.cpu.writing import (
     at,
     compiled,
     in_threads,
+    integer_at,
     long,
     new_module,
     processor,
+    share_of,
+    threads_for,
 )
 
-FEW = 1 << 15  # numbers that are not worth a second thread
 WAYS = 4  # sums at a time
 
 
@@ -47,7 +49,7 @@ def down(table: Tensor, ranks: Tensor, owners: Tensor, x: Tensor) -> Tensor:
     assert x.shape[1] == width
     low = x.new_empty(linears, entries)
     _compiled(on, _write_down, "down")(
-        _threads(entries * linears * width),
+        threads_for(entries * linears * width),
         table.data_ptr(),
         ranks.data_ptr(),
         owners.data_ptr(),
@@ -71,7 +73,7 @@ def up(table: Tensor, ranks: Tensor, owners: Tensor, low: Tensor, y: Tensor) -> 
     assert y.stride(1) == 1
     assert y.shape[1] == table.shape[1]
     _compiled(on, _write_up, "up")(
-        _threads(len(ranks) * y.shape[1]),
+        threads_for(len(ranks) * y.shape[1]),
         table.data_ptr(),
         ranks.data_ptr(),
         owners.data_ptr(),
@@ -89,9 +91,9 @@ def _write_down(on: Processor) -> ir.Module:
     b = f.builder
     thread, threads, table, ranks, owners, x, x_step, low, entries, linears, width = f.arguments
     size = b.mul(width, long(NUMBER))
-    first, last = (b.sdiv(b.mul(entries, n), threads) for n in (thread, b.add(thread, long(1))))
+    first, last = share_of(b, entries, thread, threads)
     with f.loop(first, last) as (entry, _, _):
-        rank, owner = (_whole_number(b, a, entry) for a in (ranks, owners))
+        rank, owner = (integer_at(b, a, entry) for a in (ranks, owners))
         row = at(b, x, b.mul(owner, x_step))
         with f.loop(long(0), linears) as (linear, _, _):
             a = at(b, table, b.mul(b.add(b.mul(rank, linears), linear), size))
@@ -108,10 +110,10 @@ def _write_up(on: Processor) -> ir.Module:
     b = f.builder
     thread, threads, table, ranks, owners, low, y, y_step, entries, width = f.arguments
     vectors = b.sdiv(width, long(on.width))
-    first, last = (b.mul(b.sdiv(b.mul(vectors, n), threads), long(on.width)) for n in (thread, b.add(thread, long(1))))
+    first, last = (b.mul(end, long(on.width)) for end in share_of(b, vectors, thread, threads))
     last = b.select(b.icmp_signed("==", b.add(thread, long(1)), threads), width, last)
     with f.loop(long(0), entries) as (entry, _, _):
-        rank, owner = (_whole_number(b, a, entry) for a in (ranks, owners))
+        rank, owner = (integer_at(b, a, entry) for a in (ranks, owners))
         row, target = at(b, table, b.mul(rank, b.mul(width, long(NUMBER)))), at(b, y, b.mul(owner, y_step))
         factor = b.load(at(b, low, b.mul(entry, long(NUMBER))), typ=FLOAT, align=NUMBER)
 
@@ -121,15 +123,6 @@ def _write_up(on: Processor) -> ir.Module:
         along(f, on, first, last, add)
     in_threads(f.itself.module, "up", f.end())
     return f.itself.module
-
-
-def _whole_number(b: ir.IRBuilder, numbers: Any, i: Any) -> Any:
-    """numbers[i], int64."""
-    return b.load(at(b, numbers, b.mul(i, long(8))), typ=LONG, align=8)
-
-
-def _threads(numbers: int) -> int:
-    return torch.get_num_threads() if numbers >= FEW else 1
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from tunesmith.cpu.lanes import Lanes
 from tunesmith.cpu.writing import (
     ADDRESS,
     BYTE,
@@ -33,6 +34,7 @@ from tunesmith.cpu.writing import (
     long,
     new_module,
     scratch,
+    share_of,
 )
 
 UNROLLED = 2  # steps along the inner dimension between two looks at its end
@@ -88,7 +90,6 @@ class Tiles:
         self.vector = ir.VectorType(FLOAT, on.width)
         self.line = on.columns * NUMBER  # bytes of a tile's row
         self.panel_step = on.columns if self.integers else self.line  # from one row of a panel to the next
-        self.multiply_add = declare(self.module, f"llvm.fma.v{on.width}f32", [self.vector] * 3, self.vector)
         self.fetch = declare(self.module, "llvm.prefetch.p0", [ADDRESS, INT, INT, INT])
         self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
         in_threads(self.module, "product", self._share())
@@ -100,25 +101,24 @@ class Tiles:
         """
         f = Function(self.module, f"tile of {rows}", TILE_KINDS)
         f.itself.attributes.add("noinline")
-        b = f.builder
+        b, v = f.builder, Lanes(f, self.on.width)
         x, x_step, w, inner, h, h_step, u, thin, y, y_step, added, added_step, bias, scale = f.arguments[:14]
-        sums = [ir.Constant(self.vector, [0.0] * self.on.width)] * (rows * self.on.vectors)
+        sums = [v.number(0.0)] * (rows * self.on.vectors)
         sums = self._walk(f, sums, (x, x_step), (w, self.integers), inner, f.arguments[14:])
         if self.integers:
-            sums = [b.fmul(s, self._vector(b, scale, i % self.on.vectors)) for i, s in enumerate(sums)]
+            sums = [b.fmul(s, v.load(scale, self._first(i % self.on.vectors))) for i, s in enumerate(sums)]
         sums = self._walk(f, sums, (h, h_step), (u, False), thin, None)
         sums = self._plus(f, self._plus(f, sums, bias, long(0)), added, added_step)
         for i, total in enumerate(sums):
             row, vector = divmod(i, self.on.vectors)
-            place = at(b, y, b.mul(y_step, long(row)))
-            b.store(total, at(b, place, long(self.on.width * NUMBER * vector)), align=NUMBER)
+            v.store(total, at(b, y, b.mul(y_step, long(row))), self._first(vector))
         return f.end()
 
     def _walk(self, f: Function, sums: list[Any], left: Any, right: Any, inner: Any, ahead: Any) -> list[Any]:
         """sums + left * right, `inner` steps along."""
         (x, x_step), (w, integers), b = left, right, f.builder
         w_step = long(self.panel_step if integers else self.line)
-        count = len(sums) // self.on.vectors
+        count, v = len(sums) // self.on.vectors, Lanes(f, self.on.width)
         whole = b.and_(inner, long(-UNROLLED))
         starts = [at(b, x, b.mul(x_step, long(row))) for row in range(count)]
         for start, stop, turns in ((long(0), whole, UNROLLED), (whole, inner, 1)):
@@ -126,15 +126,15 @@ class Tiles:
                 place = at(b, w, b.mul(k, w_step))
                 rows = [at(b, each, b.mul(k, long(NUMBER))) for each in starts]
                 for turn in range(turns):
-                    weights = [self._weights(b, place, vector, integers) for vector in range(self.on.vectors)]
+                    weights = [self._weights(v, place, vector, integers) for vector in range(self.on.vectors)]
                     if ahead is not None:
                         self._fetch(b, at(b, ahead[0], b.mul(b.add(k, long(turn)), ahead[1])))
                     for row, address in enumerate(rows):
                         number = b.load(at(b, address, long(turn * NUMBER)), typ=FLOAT, align=NUMBER)
-                        everywhere = self._everywhere(b, number)
+                        everywhere = v.everywhere(number)
                         for vector in range(self.on.vectors):
                             i = row * self.on.vectors + vector
-                            following[i] = b.call(self.multiply_add, [everywhere, weights[vector], following[i]])
+                            following[i] = v.multiply_add(everywhere, weights[vector], following[i])
                     place = at(b, place, w_step)
             sums = list(results)
         return sums
@@ -143,27 +143,24 @@ class Tiles:
         """Ask for a line of memory, which may be anywhere: a hint."""
         b.call(self.fetch, [line, *(ir.Constant(INT, number) for number in (0, 2, 1))])  # to read, to keep, data
 
-    def _weights(self, b: ir.IRBuilder, place: Any, vector: int, integers: bool) -> Any:
+    def _weights(self, v: Lanes, place: Any, vector: int, integers: bool) -> Any:
         if not integers:
-            return self._vector(b, place, vector)
+            return v.load(place, self._first(vector))
         small = ir.VectorType(BYTE, self.on.width)
-        return b.sitofp(b.load(at(b, place, long(self.on.width * vector)), typ=small, align=1), self.vector)
+        return v.b.sitofp(v.b.load(at(v.b, place, self._first(vector)), typ=small, align=1), self.vector)
 
-    def _vector(self, b: ir.IRBuilder, place: Any, vector: int) -> Any:
-        return b.load(at(b, place, long(self.on.width * NUMBER * vector)), typ=self.vector, align=NUMBER)
-
-    def _everywhere(self, b: ir.IRBuilder, number: Any) -> Any:
-        nothing = ir.Constant(self.vector, ir.Undefined)
-        first = b.insert_element(nothing, number, ir.Constant(INT, 0))
-        return b.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(INT, self.on.width), [0] * self.on.width))
+    def _first(self, vector: int) -> ir.Constant:
+        """A tile's column where one of its vectors begins."""
+        return long(self.on.width * vector)
 
     def _plus(self, f: Function, sums: list[Any], place: Any, step: Any) -> list[Any]:
         """sums + what lies at `place`, row by row; nothing where that is nowhere."""
-        b, before, more = f.builder, f.builder.block, []
+        b, before, v = f.builder, f.builder.block, Lanes(f, self.on.width)
+        more: list[Any] = []
         with b.if_then(is_there(b, place)):
             for i, total in enumerate(sums):
                 row, vector = divmod(i, self.on.vectors)
-                more.append(b.fadd(total, self._vector(b, at(b, place, b.mul(step, long(row))), vector)))
+                more.append(b.fadd(total, v.load(at(b, place, b.mul(step, long(row))), self._first(vector))))
             then = b.block
         return [f.either((total, before), (other, then)) for total, other in zip(sums, more, strict=True)]
 
@@ -178,7 +175,7 @@ class Tiles:
         thread, threads = f.arguments[:2]
 
         def cut(whole: Any, here: Any) -> tuple[Any, Any]:
-            first, last = (b.sdiv(b.mul(whole, n), threads) for n in (thread, b.add(thread, long(1))))
+            first, last = share_of(b, whole, thread, threads)
             return b.select(here, first, long(0)), b.select(here, last, whole)
 
         rows, (first, last) = cut(given.rows, by_rows), cut(panels, b.not_(by_rows))

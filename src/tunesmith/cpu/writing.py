@@ -22,6 +22,7 @@ from llvmlite import binding, ir
 BYTE, INT, LONG, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 ADDRESS, NOTHING = ir.PointerType(), ir.VoidType()
 NUMBER = 4  # bytes of a float32
+FEW = 1 << 15  # what one thread does while a second is woken
 THREADS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -61,6 +62,22 @@ def long(number: int) -> ir.Constant:
 def at(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
     """address + offset bytes."""
     return builder.gep(address, [offset], source_etype=BYTE)
+
+
+def integer_at(builder: ir.IRBuilder, numbers: Any, i: Any) -> Any:
+    """numbers[i], int64."""
+    return builder.load(at(builder, numbers, builder.mul(i, long(8))), typ=LONG, align=8)
+
+
+def share_of(builder: ir.IRBuilder, count: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
+    """A thread's share of [0, count): its first, and one past its last."""
+    first, last = (builder.sdiv(builder.mul(count, n), threads) for n in (thread, builder.add(thread, long(1))))
+    return first, last
+
+
+def threads_for(work: int) -> int:
+    """How many threads are worth waking for so many numbers or multiplications."""
+    return torch.get_num_threads() if work >= FEW else 1
 
 
 def is_there(builder: ir.IRBuilder, address: Any) -> Any:
