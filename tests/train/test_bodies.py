@@ -128,18 +128,25 @@ def test_evaluation_keeps_nothing():
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_packed_weights_compute_the_same(name, targets):
-    """Step by step as the modules do: in single precision two layouts of one step are 1e-4 apart by rounding alone."""
-    model = make_decoder(name, torch.float32)
-    lora = adapted(model, TARGETS[targets])
-    parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
+    """As near to double precision as the modules are in single: how near that is, is the model's own affair (1e-6 to
+    1e-4 here), so it is measured and not assumed."""
+    model, exact = make_decoder(name, torch.float32), make_decoder(name)
+    exact.load_state_dict(model.state_dict())
+    lora, exact_lora = adapted(model, TARGETS[targets]), adapted(exact, TARGETS[targets])
+    parameters, exact_parameters = dict(lora.parameters("a")), dict(exact_lora.parameters("a"))
+    for n, parameter in exact_parameters.items():
+        parameter.data.copy_(parameters[n].data)
+    fused = make_body(model, lora, "a")
     fused.pack()
     for layout in (Layout(1000), Layout(90), Layout(1000, lanes=2)):
         step = make_step(0, 1.0, ROWS, layout)
-        expected, _ = accumulate(ModuleBody(model), step, sft)
-        wanted = gradients(parameters)
+        expected, _ = accumulate(ModuleBody(exact), step, sft)
+        wanted = gradients(exact_parameters)
+        accumulate(ModuleBody(model), step, sft)
+        allowed = 5 * max(worst_error(wanted, gradients(parameters)), 1e-6)
         total, _ = accumulate(fused, step, sft)
         assert total == pytest.approx(expected, rel=1e-5)
-        assert worst_error(wanted, gradients(parameters)) < 1e-4
+        assert worst_error(wanted, gradients(parameters)) < allowed
 
 
 def test_packing_takes_what_it_says_and_only_where_there_is_memory():

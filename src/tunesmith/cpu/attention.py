@@ -8,7 +8,6 @@ whose softmax is put together as flash attention does (Dao et al. 2022, arXiv:22
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,7 @@ from tunesmith.cpu.writing import (
     integer_at,
     long,
     new_module,
+    once,
     processor,
     scratch,
     share_of,
@@ -247,7 +247,7 @@ class Writer:
                 self.v.store(b.fmul(self.v.load(self.sums[g], long(i)), factor), out, long(g * self.dim + i))
 
 
-@functools.cache
+@once
 def _compiled(on: Processor, dim: int, group: int) -> Callable[..., None]:
     return compiled(Writer(on, dim, group).f.itself.module, "attend")
 
@@ -271,6 +271,6 @@ def _write_cache(on: Processor) -> ir.Module:
     return f.itself.module
 
 
-@functools.cache
+@once
 def _compiled_cache(on: Processor) -> Callable[..., None]:
     return compiled(_write_cache(on), "cache")

@@ -10,13 +10,12 @@ weights, at hundreds of rows and one thread each 1.3 times (docs/LOG.md).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from tunesmith.cpu.tiles import Kind, Tiles
-from tunesmith.cpu.writing import NUMBER, Processor, compiled, processor, threads_for
+from tunesmith.cpu.writing import NUMBER, Processor, compiled, once, processor, threads_for
 
 
 class Panels:
@@ -27,6 +26,7 @@ class Panels:
         assert (weight.dtype, scale is None) in ((torch.float32, True), (torch.int8, False))
         self.out, self.inner = weight.shape
         self.on = processor()
+        self.panel_bytes = 0
         if self.on is None:
             self.numbers, self.scale = weight.clone(), scale
             return
@@ -34,6 +34,7 @@ class Panels:
         panels, tail = len(padded) // columns, columns**2  # BACK reads a block beyond the end, in vain
         room = weight.new_zeros(padded.numel() + tail)[: padded.numel()].view(panels, self.inner, columns)
         self.numbers = room.copy_(padded.unflatten(0, (panels, columns)).transpose(1, 2))
+        self.panel_bytes = self.inner * columns * weight.itemsize
         self.scale = None if scale is None else _padded(scale, self.on.columns)
 
     def write(self, rows: slice, columns: slice, block: Tensor) -> None:
@@ -74,10 +75,9 @@ def product(
     if w.on is None:
         return _plain(x @ w.matrix.t() if bias is None else torch.addmm(bias, x, w.matrix.t()), out, added, thin)
     kind = Kind.FORWARD if w.scale is None else Kind.INTEGERS
-    y = x.new_empty(len(x), w.out) if out is None else out
+    y = x.new_empty(x.shape[0], w.out) if out is None else out
     whole_bias = None if bias is None else _padded(bias, w.on.columns)
-    panel = w.numbers[0].nbytes if len(w.numbers) else 0
-    _run(w.on, kind, x, w.numbers, panel, y, added=added, thin=thin, bias=whole_bias, scale=w.scale)
+    _run(w.on, kind, x, w, y, added=added, thin=thin, bias=whole_bias)
     return y
 
 
@@ -89,8 +89,8 @@ def back_product(
     assert w.scale is None
     if w.on is None:
         return _plain(dy @ w.matrix, out, added, thin)
-    y = dy.new_empty(len(dy), w.inner) if out is None else out
-    _run(w.on, Kind.BACK, dy, w.numbers, w.numbers[0].nbytes if len(w.numbers) else 0, y, added=added, thin=thin)
+    y = dy.new_empty(dy.shape[0], w.inner) if out is None else out
+    _run(w.on, Kind.BACK, dy, w, y, added=added, thin=thin)
     return y
 
 
@@ -98,17 +98,15 @@ def _run(
     on: Processor,
     kind: Kind,
     x: Tensor,
-    w: Tensor,
-    w_step: int,
+    w: Panels,
     y: Tensor,
     *,
     added: Tensor | None = None,
     thin: Thin | None = None,
     bias: Tensor | None = None,
-    scale: Tensor | None = None,
 ) -> None:
     (rows, width), inner = y.shape, x.shape[1]
-    assert len(x) == rows
+    assert x.shape[0] == rows
     assert x.dtype == y.dtype == torch.float32
     assert x.stride(1) == 1 or inner == 1
     assert y.stride(1) == 1 or width == 1
@@ -124,8 +122,8 @@ def _run(
         threads,
         x.data_ptr(),
         NUMBER * x.stride(0),
-        w.data_ptr(),
-        w_step,
+        w.numbers.data_ptr(),
+        w.panel_bytes,
         inner,
         h.data_ptr(),
         NUMBER * h.stride(0),
@@ -136,7 +134,7 @@ def _run(
         0 if added is None else added.data_ptr(),
         0 if added is None else NUMBER * added.stride(0),
         0 if bias is None else bias.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
+        0 if w.scale is None else w.scale.data_ptr(),
         rows,
         width,
         int(split_rows),
@@ -156,6 +154,6 @@ def _padded(numbers: Tensor, columns: int) -> Tensor:
     return torch.cat((numbers, numbers.new_zeros(missing, *numbers.shape[1:]))) if missing else numbers
 
 
-@cache
+@once
 def _compiled(on: Processor, kind: Kind) -> Callable[..., None]:
     return compiled(Tiles(on, kind).module, "product")

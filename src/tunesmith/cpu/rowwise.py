@@ -32,6 +32,7 @@ from tunesmith.cpu.writing import (
     is_there,
     long,
     new_module,
+    once,
     processor,
     share_of,
     threads_for,
@@ -148,28 +149,36 @@ def usable(x: Tensor) -> bool:
 
 def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor | None = None) -> None:
     """x and out [rows, width] or [rows, groups, width]; rstd [rows, 1] or [rows, groups, 1], contiguous."""
-    _run("norm", (x, out, rstd, weight), len(x), x.shape[1] if x.dim() == 3 else 1, x.shape[-1], _bits(eps))
+    assert out.shape == x.shape
+    assert rstd is None or rstd.is_contiguous()
+    _run("norm", (x, out, rstd, weight), x.shape[0], x.shape[1] if x.dim() == 3 else 1, x.shape[-1], _bits(eps))
 
 
 def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, add_to: Tensor) -> None:
     """dy, x and add_to [rows, width], rstd [rows, 1]."""
-    _run("norm_backward", (dy, x, rstd, weight, add_to), len(x), 1, x.shape[1])
+    assert dy.shape == x.shape == add_to.shape
+    _run("norm_backward", (dy, x, rstd, weight, add_to), x.shape[0], 1, x.shape[1])
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """gate_up [rows, 2 * width], out [rows, width]."""
-    _run("swiglu", (gate_up, out), len(out), 1, out.shape[1])
+    assert gate_up.shape == (out.shape[0], 2 * out.shape[1])
+    _run("swiglu", (gate_up, out), out.shape[0], 1, out.shape[1])
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor, out: Tensor, d_gate_up: Tensor) -> None:
     """dy and out [rows, width], the others [rows, 2 * width]."""
-    _run("swiglu_backward", (dy, gate_up, out, d_gate_up), len(out), 1, out.shape[1])
+    assert dy.shape == out.shape
+    assert gate_up.shape == d_gate_up.shape == (out.shape[0], 2 * out.shape[1])
+    _run("swiglu_backward", (dy, gate_up, out, d_gate_up), out.shape[0], 1, out.shape[1])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """x [rows, heads, dim], in place; cos and sin [rows, 1, half]."""
     dim = x.shape[-1]
-    _run("rotate", (x, cos, sin), len(x), x.shape[1], cos.shape[-1], -dim if back else dim)
+    assert cos.shape == sin.shape == (x.shape[0], 1, cos.shape[-1])
+    assert 2 * cos.shape[-1] <= dim
+    _run("rotate", (x, cos, sin), x.shape[0], x.shape[1], cos.shape[-1], -dim if back else dim)
 
 
 def _run(name: str, tensors: Sequence[Tensor | None], rows: int, groups: int, width: int, own: int = 0) -> None:
@@ -193,6 +202,6 @@ def _bits(number: float) -> int:
     return int.from_bytes(struct.pack("<f", number), "little")
 
 
-@cache
+@once
 def _compiled(on: Processor, name: str, addresses: int) -> Callable[..., None]:
     return compiled(Writer(on, name, addresses).module, name)

@@ -10,7 +10,6 @@ to read as a base of 135 million weights in its linears.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from tunesmith.cpu.writing import (
     integer_at,
     long,
     new_module,
+    once,
     processor,
     share_of,
     threads_for,
@@ -125,6 +125,6 @@ def _write_up(on: Processor) -> ir.Module:
     return f.itself.module
 
 
-@cache
+@once
 def _compiled(on: Processor, write: Callable[[Processor], ir.Module], name: str) -> Callable[..., None]:
     return compiled(write(on), name)

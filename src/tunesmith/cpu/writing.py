@@ -9,16 +9,19 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from llvmlite import binding, ir
 
+P = ParamSpec("P")
+T = TypeVar("T")
 BYTE, INT, LONG, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 ADDRESS, NOTHING = ir.PointerType(), ir.VoidType()
 NUMBER = 4  # bytes of a float32
@@ -173,6 +176,17 @@ def in_threads(module: ir.Module, name: str, share: ir.Function) -> None:
             start = declare(module, THREADS[0], [ADDRESS, ADDRESS, INT, INT])
             builder.call(start, [work.itself, room, builder.trunc(count, INT), ir.Constant(INT, 0)])
     outer.end()
+
+
+def once(make: Callable[P, T]) -> Callable[P, T]:
+    """functools.cache for what several threads may ask for at a time: it is made once, and the others wait."""
+    known, making = cache(make), threading.Lock()
+
+    def ask(*arguments: P.args, **named: P.kwargs) -> T:
+        with making:
+            return known(*arguments, **named)  # pyright: ignore[reportArgumentType]
+
+    return ask
 
 
 def compiled(module: ir.Module, name: str) -> Callable[..., None]:
