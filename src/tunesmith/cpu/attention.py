@@ -28,6 +28,7 @@ from tunesmith.cpu.writing import (
     Function,
     Processor,
     at,
+    bits_of,
     compiled,
     declare,
     in_threads,
@@ -63,7 +64,6 @@ class Pieces:
         self.table: npt.NDArray[np.int64] = np.array(found, dtype=np.int64).reshape(-1, 4)
         counts = [sum(piece.stop > piece.start for piece in pieces) for pieces in rows]
         self.starts: npt.NDArray[np.int64] = np.cumsum([0, *counts], dtype=np.int64)
-        self.stores = sorted({piece.store for pieces in rows for piece in pieces})
         self.tokens = int(self.table[:, 3].sum())
 
 
@@ -143,7 +143,7 @@ def attend(
         steps.ctypes.data,
         rows,
         kv_heads,
-        int(np.float32(scaling).view(np.int32)),
+        bits_of(scaling),
     )
 
 

@@ -19,7 +19,10 @@ from tunesmith.cpu.writing import NUMBER, Processor, compiled, once, processor, 
 
 
 class Panels:
-    """A matrix W laid out for products with it: float32, or int8 with a scale for each row of W. A copy."""
+    """A matrix W laid out for products with it: float32, or int8 with a scale for each row of W.
+
+    A copy where there are kernels; elsewhere the matrix itself, which nobody may change meanwhile.
+    """
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """weight [out, in], any strides; scale [out], only with int8."""
@@ -28,7 +31,7 @@ class Panels:
         self.on = processor()
         self.panel_bytes = 0
         if self.on is None:
-            self.numbers, self.scale = weight.clone(), scale
+            self.numbers, self.scale = weight, scale
             return
         padded, columns = _padded(weight, self.on.columns), self.on.columns
         panels, tail = len(padded) // columns, columns**2  # BACK reads a block beyond the end, in vain

@@ -7,9 +7,7 @@ their last dimension contiguous; the caller has asked `usable`.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,10 +24,10 @@ from tunesmith.cpu.writing import (
     Function,
     Processor,
     at,
+    bits_of,
     compiled,
     declare,
     in_threads,
-    is_there,
     long,
     new_module,
     once,
@@ -61,7 +59,7 @@ class Writer:
         along(self.f, self.on, long(0), self.width, emit)
 
     def norm(self, x: Any, out: Any, rstd: Any, weight: Any) -> None:
-        """`own`: epsilon, as the bits of a float32. rstd is written where it is somewhere."""
+        """`own`: epsilon, as the bits of a float32."""
         b = self.b
         eps = b.bitcast(b.trunc(self.own, INT), FLOAT)
         with self.f.loop(long(0), self.groups) as (group, _, _):
@@ -72,8 +70,7 @@ class Writer:
             mean = b.fdiv(squares, b.sitofp(self.width, FLOAT))
             root = b.call(declare(self.module, "llvm.sqrt.f32", [FLOAT], FLOAT), [b.fadd(mean, eps)])
             scale = b.fdiv(ir.Constant(FLOAT, 1.0), root)
-            with b.if_then(is_there(b, rstd)):
-                b.store(scale, at(b, rstd, b.mul(group, long(NUMBER))), align=NUMBER)
+            b.store(scale, at(b, rstd, b.mul(group, long(NUMBER))), align=NUMBER)
 
             def write(v: Lanes, i: Any) -> None:
                 v.store(b.fmul(b.fmul(v.load(x, i), v.everywhere(scale)), v.load(weight, i)), out, i)
@@ -81,24 +78,26 @@ class Writer:
             self.along(write)
 
     def norm_backward(self, dy: Any, x: Any, rstd: Any, weight: Any, dx: Any) -> None:
-        """Adds to dx. One group."""
+        """Adds to dx."""
         b = self.b
-        scale = b.load(rstd, typ=FLOAT, align=NUMBER)
+        with self.f.loop(long(0), self.groups) as (group, _, _):
+            dy, x, dx = (at(b, a, b.mul(group, b.mul(self.width, long(NUMBER)))) for a in (dy, x, dx))
+            scale = b.load(at(b, rstd, b.mul(group, long(NUMBER))), typ=FLOAT, align=NUMBER)
 
-        def product(v: Lanes, i: Any) -> Any:
-            return b.fmul(v.load(dy, i), v.load(weight, i))
+            def product(v: Lanes, i: Any) -> Any:
+                return b.fmul(v.load(dy, i), v.load(weight, i))
 
-        dots = sum_along(
-            self.f, self.on, self.width, lambda v, i, sum_: v.multiply_add(product(v, i), v.load(x, i), sum_)
-        )
-        mean = b.fdiv(dots, b.sitofp(self.width, FLOAT))
-        less = b.fneg(b.fmul(b.fmul(mean, scale), b.fmul(scale, scale)))
+            dots = sum_along(
+                self.f, self.on, self.width, lambda v, i, sum_: v.multiply_add(product(v, i), v.load(x, i), sum_)
+            )
+            mean = b.fdiv(dots, b.sitofp(self.width, FLOAT))
+            less = b.fneg(b.fmul(b.fmul(mean, scale), b.fmul(scale, scale)))
 
-        def write(v: Lanes, i: Any) -> None:
-            so_far = v.multiply_add(product(v, i), v.everywhere(scale), v.load(dx, i))
-            v.store(v.multiply_add(v.load(x, i), v.everywhere(less), so_far), dx, i)
+            def write(v: Lanes, i: Any) -> None:
+                so_far = v.multiply_add(product(v, i), v.everywhere(scale), v.load(dx, i))
+                v.store(v.multiply_add(v.load(x, i), v.everywhere(less), so_far), dx, i)
 
-        self.along(write)
+            self.along(write)
 
     def swiglu(self, gate_up: Any, out: Any) -> None:
         up = at(self.b, gate_up, self.b.mul(self.width, long(NUMBER)))
@@ -147,17 +146,18 @@ def usable(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and processor() is not None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor | None = None) -> None:
+def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor) -> None:
     """x and out [rows, width] or [rows, groups, width]; rstd [rows, 1] or [rows, groups, 1], contiguous."""
     assert out.shape == x.shape
-    assert rstd is None or rstd.is_contiguous()
-    _run("norm", (x, out, rstd, weight), x.shape[0], x.shape[1] if x.dim() == 3 else 1, x.shape[-1], _bits(eps))
+    assert rstd.is_contiguous()
+    _run("norm", (x, out, rstd, weight), x.shape[0], _groups(x), x.shape[-1], bits_of(eps))
 
 
 def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, add_to: Tensor) -> None:
-    """dy, x and add_to [rows, width], rstd [rows, 1]."""
+    """As norm has them, add_to shaped as x."""
     assert dy.shape == x.shape == add_to.shape
-    _run("norm_backward", (dy, x, rstd, weight, add_to), x.shape[0], 1, x.shape[1])
+    assert rstd.is_contiguous()
+    _run("norm_backward", (dy, x, rstd, weight, add_to), x.shape[0], _groups(x), x.shape[-1])
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -181,12 +181,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     _run("rotate", (x, cos, sin), x.shape[0], x.shape[1], cos.shape[-1], -dim if back else dim)
 
 
-def _run(name: str, tensors: Sequence[Tensor | None], rows: int, groups: int, width: int, own: int = 0) -> None:
+def _groups(x: Tensor) -> int:
+    """In a row of [rows, width] or [rows, groups, width]."""
+    return x.shape[1] if x.dim() == 3 else 1
+
+
+def _run(name: str, tensors: Sequence[Tensor], rows: int, groups: int, width: int, own: int = 0) -> None:
     arguments = []
     for tensor in tensors:
-        if tensor is None:
-            arguments += (0, 0)
-            continue
         shape, strides = tensor.shape, tensor.stride()
         assert strides[-1] == 1 or shape[-1] == 1
         assert len(shape) < 3 or groups == 1 or shape[1] == 1 or strides[1] == shape[2]
@@ -194,12 +196,6 @@ def _run(name: str, tensors: Sequence[Tensor | None], rows: int, groups: int, wi
     on = processor()
     assert on is not None
     _compiled(on, name, len(tensors))(threads_for(rows * groups * width), *arguments, rows, groups, width, own)
-
-
-@cache
-def _bits(number: float) -> int:
-    """Of a float32."""
-    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 @once

@@ -252,7 +252,7 @@ class Tiles:
         bias = b.select(is_there(b, given.bias), at(b, given.bias, byte), NOWHERE)
         adds = b.and_(is_there(b, given.added), b.not_(cut_off))
         with f.loop(long(0), tiles) as (tile, _, _):
-            row, end = (b.add(first, b.sdiv(b.mul(mine, n), tiles)) for n in (tile, b.add(tile, long(1))))
+            row, end = (b.add(first, edge) for edge in share_of(b, mine, tile, tiles))
             y = at(b, at(b, given.y, b.mul(row, given.y_step)), byte)
             added = at(b, at(b, given.added, b.mul(row, given.added_step)), byte)
             arguments = [at(b, given.x, b.mul(row, given.x_step)), given.x_step, given.w, given.inner]

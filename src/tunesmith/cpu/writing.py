@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,12 @@ def share_of(builder: ir.IRBuilder, count: Any, thread: Any, threads: Any) -> tu
 def threads_for(work: int) -> int:
     """How many threads are worth waking for so many numbers or multiplications."""
     return torch.get_num_threads() if work >= FEW else 1
+
+
+@cache
+def bits_of(number: float) -> int:
+    """A float32 as the integer that a kernel is given."""
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def is_there(builder: ir.IRBuilder, address: Any) -> Any:

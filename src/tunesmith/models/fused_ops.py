@@ -34,7 +34,7 @@ class Norm:
 
     def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, add_to: Tensor) -> None:
         """Adds dx = rstd * (w dy) - x * rstd^3 * mean(w dy x) to `add_to`. Overwrites dy."""
-        if rowwise.usable(x) and x.dim() == 2:
+        if rowwise.usable(x):
             rowwise.norm_backward(dy, x, rstd, self.weight, add_to)
             return
         dy.mul_(self.weight)
