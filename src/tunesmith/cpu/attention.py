@@ -8,12 +8,11 @@ whose softmax is put together as flash attention does (Dao et al. 2022, arXiv:22
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from llvmlite import ir
 from torch import Tensor
@@ -42,6 +41,7 @@ from tunesmith.cpu.writing import (
     threads_for,
 )
 
+INTEGERS = "q"  # 64 bits each
 BLOCK = 32  # keys whose scores exist at a time
 MOST_VECTORS = 8  # of a head's sum that registers hold at a time
 
@@ -60,18 +60,21 @@ class Pieces:
     """What each row looks at."""
 
     def __init__(self, rows: Sequence[Sequence[Piece]]) -> None:
-        found = [[p.store, p.slot, p.start, p.stop - p.start] for pieces in rows for p in pieces if p.stop > p.start]
-        self.table: npt.NDArray[np.int64] = np.array(found, dtype=np.int64).reshape(-1, 4)
-        counts = [sum(piece.stop > piece.start for piece in pieces) for pieces in rows]
-        self.starts: npt.NDArray[np.int64] = np.cumsum([0, *counts], dtype=np.int64)
-        self.tokens = int(self.table[:, 3].sum())
+        self.table, self.starts, self.tokens = array(INTEGERS), array(INTEGERS, [0]), 0
+        for pieces in rows:
+            found = [piece for piece in pieces if piece.stop > piece.start]
+            for p in found:
+                self.table.extend((p.store, p.slot, p.start, p.stop - p.start))
+                self.tokens += p.stop - p.start
+            self.starts.append(self.starts[-1] + len(found))
 
 
 class Places:
     """Where each row's own key and value are cached: a slot, and a token of it."""
 
     def __init__(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        self.table: npt.NDArray[np.int64] = np.array([slots, tokens], dtype=np.int64).T.copy()
+        self.table = array(INTEGERS, [number for pair in zip(slots, tokens, strict=True) for number in pair])
+        self.rows = len(slots)
 
 
 def cache(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Places) -> None:
@@ -80,15 +83,14 @@ def cache(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Plac
     kv_heads, rows, dim = key.shape
     assert on is not None
     assert key.stride(2) == value.stride(2) == 1
-    assert len(places.table) == rows
+    assert places.rows == rows
     assert keys.shape == values.shape
     assert keys.is_contiguous()
     assert values.is_contiguous()
-    arguments = [rows, kv_heads, dim, NUMBER * keys.stride(0), NUMBER * keys.stride(1), places.table.ctypes.data]
+    arguments = [rows, kv_heads, dim, NUMBER * keys.stride(0), NUMBER * keys.stride(1), _address(places.table)]
+    write = _compiled_cache(on)
     for new, store in ((key, keys), (value, values)):
-        _compiled_cache(on)(
-            1, new.data_ptr(), NUMBER * new.stride(1), NUMBER * new.stride(0), store.data_ptr(), *arguments
-        )
+        write(1, new.data_ptr(), NUMBER * new.stride(1), NUMBER * new.stride(0), store.data_ptr(), *arguments)
 
 
 def can_attend(query: Tensor, value: Tensor) -> bool:
@@ -127,8 +129,10 @@ def attend(
         assert store.stride()[-2:] == (dim, 1)
         assert store.shape[-3] == kv_heads
     assert all(k.stride() == v.stride() for k, v in zip(keys, values, strict=True))
-    tables = [_addresses(keys), _addresses(values)]
-    steps = np.array([[s.stride(0) if s.dim() == 4 else 0, s.stride(-3)] for s in keys], dtype=np.int64) * NUMBER
+    tables = [array(INTEGERS, [store.data_ptr() for store in stores]) for stores in (keys, values)]
+    steps = array(INTEGERS)
+    for store in keys:
+        steps.extend((NUMBER * store.stride(0) if store.dim() == 4 else 0, NUMBER * store.stride(-3)))
     _compiled(on, dim, heads // kv_heads)(
         threads_for(pieces.tokens * kv_heads * dim),
         query.data_ptr(),
@@ -136,19 +140,19 @@ def attend(
         NUMBER * query.stride(0),
         out.data_ptr(),
         lse.data_ptr(),
-        pieces.table.ctypes.data,
-        pieces.starts.ctypes.data,
-        tables[0].ctypes.data,
-        tables[1].ctypes.data,
-        steps.ctypes.data,
+        _address(pieces.table),
+        _address(pieces.starts),
+        _address(tables[0]),
+        _address(tables[1]),
+        _address(steps),
         rows,
         kv_heads,
         bits_of(scaling),
     )
 
 
-def _addresses(stores: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-    return np.array([store.data_ptr() for store in stores], dtype=np.int64)
+def _address(numbers: array[int]) -> int:
+    return numbers.buffer_info()[0]
 
 
 class Writer:

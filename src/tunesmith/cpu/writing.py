@@ -13,25 +13,23 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from llvmlite import binding, ir
 
 P = ParamSpec("P")
 T = TypeVar("T")
-BYTE, INT, LONG, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+BYTE, SHORT, INT, LONG, FLOAT = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 ADDRESS, NOTHING = ir.PointerType(), ir.VoidType()
 NUMBER = 4  # bytes of a float32
 FEW = 1 << 15  # what one thread does while a second is woken
 THREADS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
-@dataclass(frozen=True)
-class Processor:
+class Processor(NamedTuple):
     """What a kernel is written for: vectors of `width` float32, and the tile of results it holds in registers."""
 
     width: int
@@ -187,11 +185,15 @@ def in_threads(module: ir.Module, name: str, share: ir.Function) -> None:
 
 def once(make: Callable[P, T]) -> Callable[P, T]:
     """functools.cache for what several threads may ask for at a time: it is made once, and the others wait."""
-    known, making = cache(make), threading.Lock()
+    known, making = dict[Any, T](), threading.Lock()
 
     def ask(*arguments: P.args, **named: P.kwargs) -> T:
-        with making:
-            return known(*arguments, **named)  # pyright: ignore[reportArgumentType]
+        assert not named
+        if arguments not in known:
+            with making:
+                if arguments not in known:
+                    known[arguments] = make(*arguments, **named)
+        return known[arguments]
 
     return ask
 

@@ -76,7 +76,7 @@ class PackedLayer:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext, mix: Mix) -> None:
         """x [tokens, hidden], changed in place; cos, sin [tokens, 1, dim / 2]."""
-        tokens, split = len(x), self.heads + self.kv_heads
+        tokens, split = x.shape[0], self.heads + self.kv_heads
         normed = torch.empty_like(x)
         self.before_attention.forward(x, normed)
         qkv = self.qkv(normed, mix).view(tokens, -1, self.head_dim)
