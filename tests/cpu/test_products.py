@@ -54,9 +54,8 @@ def test_the_way_back_from_the_same_panels(on: Processor | None, threads: int, r
 
 
 @pytest.mark.parametrize(("out", "inner"), SIZES)
-@pytest.mark.parametrize(("kind", "most"), [(torch.int8, 127), (torch.int16, 32767)])
-def test_integers_and_scales(on: Processor | None, kind: torch.dtype, most: int, out: int, inner: int) -> None:
-    codes, scale, bias = torch.randint(-most, most + 1, (out, inner), dtype=kind), torch.rand(out), torch.randn(out)
+def test_integers_and_scales(on: Processor | None, out: int, inner: int) -> None:
+    codes, scale, bias = torch.randint(-127, 128, (out, inner), dtype=torch.int8), torch.rand(out), torch.randn(out)
     x = torch.randn(7, inner)
     close(product(x, Panels(codes, scale), bias=bias), x.double() @ (codes * scale[:, None]).double().t() + bias)
 

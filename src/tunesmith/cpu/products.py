@@ -17,20 +17,17 @@ from torch import Tensor
 from tunesmith.cpu.tiles import Kind, Tiles
 from tunesmith.cpu.writing import NUMBER, Processor, compiled, once, processor, threads_for
 
-KINDS = {torch.float32: Kind.FORWARD, torch.int8: Kind.BYTES, torch.int16: Kind.SHORTS}
-
 
 class Panels:
-    """A matrix W laid out for products with it: float32, or int8 or int16 with a scale for each row of W.
+    """A matrix W laid out for products with it: float32, or int8 with a scale for each row of W.
 
     A copy where there are kernels; elsewhere the matrix itself, which nobody may change meanwhile.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """weight [out, in], any strides; scale [out], only with integers."""
-        assert weight.dtype in KINDS
-        assert (scale is None) == (weight.dtype == torch.float32)
-        self.out, self.inner, self.kind = *weight.shape, KINDS[weight.dtype]
+        """weight [out, in], any strides; scale [out], only with int8."""
+        assert (weight.dtype, scale is None) in ((torch.float32, True), (torch.int8, False))
+        self.out, self.inner = weight.shape
         self.on = processor()
         self.panel_bytes = 0
         if self.on is None:
@@ -80,9 +77,10 @@ def product(
     assert bias is None or bias.shape == (w.out,)
     if w.on is None:
         return _plain(x @ w.matrix.t() if bias is None else torch.addmm(bias, x, w.matrix.t()), out, added, thin)
+    kind = Kind.FORWARD if w.scale is None else Kind.INTEGERS
     y = x.new_empty(x.shape[0], w.out) if out is None else out
     whole_bias = None if bias is None else _padded(bias, w.on.columns)
-    _run(w.on, w.kind, x, w, y, added=added, thin=thin, bias=whole_bias)
+    _run(w.on, kind, x, w, y, added=added, thin=thin, bias=whole_bias)
     return y
 
 

@@ -25,7 +25,6 @@ from tunesmith.cpu.writing import (
     INT,
     LONG,
     NUMBER,
-    SHORT,
     Function,
     Processor,
     at,
@@ -47,12 +46,8 @@ class Kind(Enum):
     """Which product of x [rows, in] and W [out, in]."""
 
     FORWARD = "x W^T"
-    BYTES = "x W^T, of W in int8 and a scale for each of its rows"
-    SHORTS = "x W^T, of W in int16 and a scale for each of its rows"
+    INTEGERS = "x W^T, of W in int8 and a scale for each of its rows"
     BACK = "x W, with x [rows, out]"
-
-
-CODES = {Kind.BYTES: BYTE, Kind.SHORTS: SHORT}
 
 
 @dataclass(frozen=True)
@@ -90,12 +85,11 @@ class Tiles:
 
     def __init__(self, on: Processor, kind: Kind) -> None:
         self.on, self.kind = on, kind
-        self.code = CODES.get(kind)
+        self.integers = kind is Kind.INTEGERS
         self.module = new_module()
         self.vector = ir.VectorType(FLOAT, on.width)
         self.line = on.columns * NUMBER  # bytes of a tile's row
-        self.size = NUMBER if self.code is None else self.code.width // 8  # bytes of one of W's numbers
-        self.panel_step = on.columns * self.size  # from one row of a panel to the next
+        self.panel_step = on.columns if self.integers else self.line  # from one row of a panel to the next
         self.fetch = declare(self.module, "llvm.prefetch.p0", [ADDRESS, INT, INT, INT])
         self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
         in_threads(self.module, "product", self._share())
@@ -110,10 +104,10 @@ class Tiles:
         b, v = f.builder, Lanes(f, self.on.width)
         x, x_step, w, inner, h, h_step, u, thin, y, y_step, added, added_step, bias, scale = f.arguments[:14]
         sums = [v.number(0.0)] * (rows * self.on.vectors)
-        sums = self._walk(f, sums, (x, x_step), (w, self.code), inner, f.arguments[14:])
-        if self.code is not None:
+        sums = self._walk(f, sums, (x, x_step), (w, self.integers), inner, f.arguments[14:])
+        if self.integers:
             sums = [b.fmul(s, v.load(scale, self._first(i % self.on.vectors))) for i, s in enumerate(sums)]
-        sums = self._walk(f, sums, (h, h_step), (u, None), thin, None)
+        sums = self._walk(f, sums, (h, h_step), (u, False), thin, None)
         sums = self._plus(f, self._plus(f, sums, bias, long(0)), added, added_step)
         for i, total in enumerate(sums):
             row, vector = divmod(i, self.on.vectors)
@@ -122,8 +116,8 @@ class Tiles:
 
     def _walk(self, f: Function, sums: list[Any], left: Any, right: Any, inner: Any, ahead: Any) -> list[Any]:
         """sums + left * right, `inner` steps along."""
-        (x, x_step), (w, code), b = left, right, f.builder
-        w_step = long(self.line if code is None else self.panel_step)
+        (x, x_step), (w, integers), b = left, right, f.builder
+        w_step = long(self.panel_step if integers else self.line)
         count, v = len(sums) // self.on.vectors, Lanes(f, self.on.width)
         whole = b.and_(inner, long(-UNROLLED))
         starts = [at(b, x, b.mul(x_step, long(row))) for row in range(count)]
@@ -132,7 +126,7 @@ class Tiles:
                 place = at(b, w, b.mul(k, w_step))
                 rows = [at(b, each, b.mul(k, long(NUMBER))) for each in starts]
                 for turn in range(turns):
-                    weights = [self._weights(v, place, vector, code) for vector in range(self.on.vectors)]
+                    weights = [self._weights(v, place, vector, integers) for vector in range(self.on.vectors)]
                     if ahead is not None:
                         self._fetch(b, at(b, ahead[0], b.mul(b.add(k, long(turn)), ahead[1])))
                     for row, address in enumerate(rows):
@@ -149,11 +143,11 @@ class Tiles:
         """Ask for a line of memory, which may be anywhere: a hint."""
         b.call(self.fetch, [line, *(ir.Constant(INT, number) for number in (0, 2, 1))])  # to read, to keep, data
 
-    def _weights(self, v: Lanes, place: Any, vector: int, code: ir.IntType | None) -> Any:
-        if code is None:
+    def _weights(self, v: Lanes, place: Any, vector: int, integers: bool) -> Any:
+        if not integers:
             return v.load(place, self._first(vector))
-        codes, first = ir.VectorType(code, self.on.width), long(self.on.width * vector * self.size)
-        return v.b.sitofp(v.b.load(at(v.b, place, first), typ=codes, align=self.size), self.vector)
+        small = ir.VectorType(BYTE, self.on.width)
+        return v.b.sitofp(v.b.load(at(v.b, place, self._first(vector)), typ=small, align=1), self.vector)
 
     def _first(self, vector: int) -> ir.Constant:
         """A tile's column where one of its vectors begins."""

@@ -20,8 +20,6 @@ from tunesmith.models.packed import PackedLinear, joined_bias
 from tunesmith.models.quantised import QuantisedLinear, quantisation, stack_matrices
 from tunesmith.tree.heads import Head
 
-LARGEST = 32767  # int16
-
 
 class DequantisedLinear:
     """y = x W^T + b over quantised linears that share their input, dequantised at every call: slower than packed
@@ -70,17 +68,5 @@ def choose_packing(lora: LoraModel, int8: bool) -> Packing:
 
 
 def pack_head(head: Head, packing: Packing) -> PackedLinear | None:
-    """The head, which no base has quantised; None where it is used as it is, because memory counts more than speed.
-
-    Beside a base in int8 it has 16 bits and a scale for each row: half as much to read, and each weight within
-    1/65,534 of its row's largest.
-    """
-    if packing is pack_numbers:
-        return pack_numbers([head])
-    if packing is not pack_integers:
-        return None
-    weight = head.weight.detach()
-    scale = weight.abs().amax(1).div_(LARGEST)
-    scale[scale == 0] = 1.0
-    codes = (weight / scale[:, None]).round_().short()
-    return PackedLinear(Panels(codes, scale), joined_bias([len(weight)], [head.bias]))
+    """The head, which no base has quantised; None where it is used as it is, because memory counts more than speed."""
+    return pack_numbers([head]) if packing in (pack_numbers, pack_integers) else None
