@@ -74,7 +74,6 @@ class Places:
 
     def __init__(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         self.table = array(INTEGERS, [number for pair in zip(slots, tokens, strict=True) for number in pair])
-        self.rows = len(slots)
 
 
 def cache(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Places) -> None:
@@ -83,7 +82,7 @@ def cache(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Plac
     kv_heads, rows, dim = key.shape
     assert on is not None
     assert key.stride(2) == value.stride(2) == 1
-    assert places.rows == rows
+    assert len(places.table) == 2 * rows
     assert keys.shape == values.shape
     assert keys.is_contiguous()
     assert values.is_contiguous()

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import torch
 from llvmlite import binding, ir
 
-P = ParamSpec("P")
+Given = TypeVarTuple("Given")
 T = TypeVar("T")
 BYTE, INT, LONG, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 ADDRESS, NOTHING = ir.PointerType(), ir.VoidType()
@@ -183,16 +183,15 @@ def in_threads(module: ir.Module, name: str, share: ir.Function) -> None:
     outer.end()
 
 
-def once(make: Callable[P, T]) -> Callable[P, T]:
+def once(make: Callable[[*Given], T]) -> Callable[[*Given], T]:
     """functools.cache for what several threads may ask for at a time: it is made once, and the others wait."""
     known, making = dict[Any, T](), threading.Lock()
 
-    def ask(*arguments: P.args, **named: P.kwargs) -> T:
-        assert not named
+    def ask(*arguments: *Given) -> T:
         if arguments not in known:
             with making:
                 if arguments not in known:
-                    known[arguments] = make(*arguments, **named)
+                    known[arguments] = make(*arguments)
         return known[arguments]
 
     return ask
