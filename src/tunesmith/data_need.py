@@ -117,11 +117,11 @@ class _Shares:
         torch.manual_seed(settings.seed)
         batch = min(settings.batch_examples, len(examples))
         plan = StepPlan(examples, batch, self.steps, settings.seed, settings.shuffle, self.trainable.layout)
-        best: list[TrainState] = []
+        best = dict[str, Tensor]()
 
         def keep(state: TrainState) -> None:
             if state.progress.best_step == state.progress.step:
-                best[:] = [state]
+                best.update({name: tensor.clone() for name, tensor in state.parameters.items()})
 
         train(
             self.trainable.body,
@@ -137,7 +137,7 @@ class _Shares:
         )
         if not best:
             raise InputError("the held-out loss is no finite number; lower train.lr, or look at the held-out rows")
-        return best[0].parameters
+        return best
 
     def _use(self, parameters: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -91,6 +91,7 @@ def fit(
             resume=state,
             name_row=ready.name_row,
         )
+    trainable.body.rest()
     parallel.wait()  # until what the first worker writes is written
     if not result.finished:
         raise InterruptedRun(

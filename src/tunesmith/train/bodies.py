@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tunesmith.cpu.products import Panels
 from tunesmith.models.fused import FusedDecoder, fuse
 from tunesmith.models.lora import LoraModel
+from tunesmith.models.memory import trim_heap
 from tunesmith.models.packed import can_pack, page_out
 from tunesmith.train.forward import Body, ModuleBody, T
 from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
@@ -103,6 +104,10 @@ class FusedBody:
 
     def compute(self, work: Callable[[], T]) -> T:
         return work()
+
+    def rest(self) -> None:
+        self.decoder.slabs.free.clear()
+        trim_heap()
 
     def pack(self) -> None:
         """Take another `packed_bytes` for copies of the frozen weights that make products faster."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
+from tunesmith.models.memory import resident_bytes
 from tunesmith.models.quantised import count_weights
 from tunesmith.train import parallel
 from tunesmith.train.annotate import Annotate, with_columns
@@ -68,12 +68,6 @@ def answering_limit(setting: str) -> int | None:
     return None if setting == "auto" else memory_limit(setting) // ANSWERING_SHARE
 
 
-def resident_bytes() -> int:
-    """Memory this process holds now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
 def choose_layout(
     body: Body,
     parameters: Mapping[str, nn.Parameter],
@@ -99,11 +93,13 @@ def choose_layout(
     if fitting < longest:
         return None
     budget = min(fitting, max(LARGEST_BUDGET, longest))
-    trained, whole = sum(p.numel() for p in parameters.values()), count_weights(body.model)
-    lanes = 1
-    if share and body.device.type == "cpu" and trained * FEW_LEARN <= whole:
-        lanes = min(torch.get_num_threads(), budget // longest)
+    lanes = min(_most_lanes(body, parameters), budget // longest) if share else 1
     return Layout(budget, share, pack, lanes, together, packed=packed)
+
+
+def _most_lanes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
+    few = sum(p.numel() for p in parameters.values()) * FEW_LEARN <= count_weights(body.model)
+    return torch.get_num_threads() if few and body.device.type == "cpu" else 1
 
 
 def fits_again(body: Body, parameters: Mapping[str, nn.Parameter], steps: StepPlan, limit: int) -> bool:
@@ -233,13 +229,17 @@ def _seconds_per_token(
         seconds = time.perf_counter() - began
     for parameter in parameters.values():
         parameter.grad = None
+    body.rest()
     return seconds / trial.computed_tokens, before / trial.computed_tokens
 
 
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
-    """What does not grow with the micro-batch: what is held now, AdamW's copies, the slice of logits, what every thread
-    dequantises of a quantised base, and what is gathered of a sharded one."""
+    """What does not grow with the micro-batch: what is held now, AdamW's copies, every lane's own gradient and slice of
+    logits, what every thread dequantises of a quantised base, and what is gathered of a sharded one."""
     trained = sum(parallel.local(p).numel() * p.element_size() for p in parameters.values())
+    lanes = _most_lanes(body, parameters)
+    apart = lanes * trained if lanes > 1 else 0
     gathered = body.gathered_bytes if isinstance(body, ShardedBody) else 0
     dequantised = body.dequantised_bytes * torch.get_num_threads() if isinstance(body, FusedBody) else 0
-    return resident_bytes() + ADAMW_COPIES * trained + gathered + 2 * LOGITS_AT_ONCE * 4 + dequantised
+    logits = lanes * 2 * LOGITS_AT_ONCE * 4
+    return resident_bytes() + ADAMW_COPIES * trained + apart + logits + gathered + dequantised

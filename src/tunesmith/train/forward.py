@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.models.memory import trim_heap
 from tunesmith.tree.attention import PrefixCache, TreeContext
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import Entries, Head, Scores, head_of
@@ -46,6 +47,10 @@ class Body(Protocol):
         """Do `work`, which runs the body and its head, with their weights in place."""
         ...
 
+    def rest(self) -> None:
+        """Give back memory that is kept for the next pass."""
+        ...
+
 
 class ModuleBody:
     """Any prepared model, through its own modules."""
@@ -70,6 +75,9 @@ class ModuleBody:
 
     def compute(self, work: Callable[[], T]) -> T:
         return work()
+
+    def rest(self) -> None:
+        trim_heap()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ resumed from one goes on byte for byte as if it had not stopped.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.batches import Step
 from tunesmith.errors import TunesmithError
+from tunesmith.models.memory import forget_peak, peak_bytes
 from tunesmith.recipe import Train
 from tunesmith.train import parallel
 from tunesmith.train.forward import Body
@@ -85,7 +84,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a resumed run needs. Tensors are copies."""
+    """All that a resumed run needs. Tensors are the run's own: whoever keeps them while it goes on copies them."""
 
     progress: Progress
     parameters: Mapping[str, Tensor]
@@ -158,11 +157,8 @@ def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the device, or resident where the device is the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most memory that training has held: on the device, or resident where the device is the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
 
 
 class _Run:
@@ -201,13 +197,13 @@ class _Run:
         random = {"cpu": torch.get_rng_state()}
         if self.body.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.body.device)
-        parameters = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        optimizer = {k: v.detach().clone() for k, v in state_tensors(self.optimizer, self.parameters).items()}
-        return TrainState(self.progress, parameters, optimizer, random)
+        parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return TrainState(self.progress, parameters, state_tensors(self.optimizer, self.parameters), random)
 
     def to_the_end(self, eval_every: int, save_every: int) -> TrainResult:
         # Denormal numbers are a hundred times slower on a CPU and worth nothing here; the caller's may be.
         torch.set_flush_denormal(True)
+        forget_peak()
         try:
             return self._train(eval_every, save_every)
         finally:
