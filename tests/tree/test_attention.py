@@ -1,4 +1,4 @@
-"""The cascade against the dense mask, on random tries."""
+"""Attention over a tree against the dense mask, on random tries: by parts, and by the kernel where there is one."""
 
 import numpy as np
 import pytest
@@ -72,6 +72,31 @@ def test_forward_and_backward_are_the_oracles(sizes, window, softcap):
             results.append((out, *torch.autograd.grad(out, (q, k, v), upstream)))
         for expected, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+
+    check()
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize("prefix", [0, 21])
+def test_in_float32_they_are_the_oracles_too(window, prefix):
+    @given(sequences)
+    @settings(max_examples=4, deadline=None)
+    def check(ids):
+        tree = tree_of([[7] * prefix + s * 9 for s in ids], prefix)
+        torch.manual_seed(0)
+        keys = prefix + tree.tokens
+        q, k, v = (torch.randn(1, h, n, 32, requires_grad=True) for h, n in ((4, tree.tokens), (2, keys), (2, keys)))
+        upstream = torch.randn(1, tree.tokens, 4, 32)
+        cache = PrefixCache({0: k[:, :, :prefix]}, {0: v[:, :, :prefix]}) if prefix else None
+        how = {"scaling": 0.3, "sliding_window": window, "softcap": None}
+        actual = TreeContext(tree, prefix=cache).attend(0, q, k[:, :, prefix:], v[:, :, prefix:], **how)
+        found = torch.autograd.grad(actual, (q, k, v), upstream)
+        exact = [each.double() for each in (q, k, v)]
+        expected = DenseContext(tree).attend(0, *exact, **how)
+        wanted = torch.autograd.grad(expected, (q, k, v), upstream.double())
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
 
     check()
 

@@ -32,7 +32,7 @@ class Lanes:
         return ir.Constant(self.kind, [value] * self.count)
 
     def everywhere(self, value: Any) -> Any:
-        nothing = ir.Constant(self.kind, ir.Undefined)
+        nothing = ir.Constant(ir.VectorType(value.type, self.count), ir.Undefined)
         first = self.b.insert_element(nothing, value, ir.Constant(INT, 0))
         return self.b.shuffle_vector(first, nothing, ir.Constant(self.whole, [0] * self.count))
 
@@ -45,11 +45,18 @@ class Lanes:
         return self.call("fma", x, y, z)
 
     def total(self, x: Any) -> Any:
-        """The sum of a vector's numbers, by halves."""
+        """The sum of a vector's numbers."""
+        return self._by_halves(x, self.b.fadd)
+
+    def largest(self, x: Any) -> Any:
+        """The largest of a vector's numbers."""
+        return self._by_halves(x, lambda one, other: self.b.select(self.b.fcmp_ordered(">", one, other), one, other))
+
+    def _by_halves(self, x: Any, join: Callable[[Any, Any], Any]) -> Any:
         while (half := x.type.count // 2) > 0:
             low, high = (ir.Constant(ir.VectorType(INT, half), list(range(n, n + half))) for n in (0, half))
             nothing = ir.Constant(x.type, ir.Undefined)
-            x = self.b.fadd(self.b.shuffle_vector(x, nothing, low), self.b.shuffle_vector(x, nothing, high))
+            x = join(self.b.shuffle_vector(x, nothing, low), self.b.shuffle_vector(x, nothing, high))
         return self.b.extract_element(x, ir.Constant(INT, 0))
 
     def exp(self, x: Any) -> Any:

@@ -11,6 +11,7 @@ many rows there are, on the tile it falls into, or on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -80,6 +81,100 @@ TILE_KINDS = [ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRES
 TILE_KINDS += [ADDRESS, ADDRESS, ADDRESS, LONG]
 
 
+def walk(
+    f: Function,
+    on: Processor,
+    sums: list[Any],
+    left: tuple[Any, Any, Any],
+    right: tuple[Any, Any],
+    inner: Any,
+    *,
+    integers: bool = False,
+    ahead: Callable[[Any], None] | None = None,
+) -> list[Any]:
+    """sums + left * right, `inner` steps along: what every product of matrices here is made of.
+
+    left   where x begins, the step in bytes from row to row, and along a row
+    right  where a panel of w begins, of float32 or int8, and the step from one of its rows to the next
+    ahead  is told every step
+    """
+    (x, x_row, x_step), (w, w_step), b = left, right, f.builder
+    count, v = len(sums) // on.vectors, Lanes(f, on.width)
+    whole = b.and_(inner, long(-UNROLLED))
+    starts = [at(b, x, b.mul(x_row, long(row))) for row in range(count)]
+    for start, stop, turns in ((long(0), whole, UNROLLED), (whole, inner, 1)):
+        with f.loop(start, stop, turns, sums) as (k, results, following):
+            place = at(b, w, b.mul(k, w_step))
+            rows = [at(b, each, b.mul(k, x_step)) for each in starts]
+            for turn in range(turns):
+                weights = [_weights(v, place, long(on.width * vector), integers) for vector in range(on.vectors)]
+                if ahead is not None:
+                    ahead(b.add(k, long(turn)))
+                for row, address in enumerate(rows):
+                    number = b.load(at(b, address, b.mul(x_step, long(turn))), typ=FLOAT, align=NUMBER)
+                    everywhere = v.everywhere(number)
+                    for vector in range(on.vectors):
+                        i = row * on.vectors + vector
+                        following[i] = v.multiply_add(everywhere, weights[vector], following[i])
+                place = at(b, place, w_step)
+        sums = list(results)
+    return sums
+
+
+def _weights(v: Lanes, place: Any, first: Any, integers: bool) -> Any:
+    if not integers:
+        return v.load(place, first)
+    small = v.b.load(at(v.b, place, first), typ=ir.VectorType(BYTE, v.count), align=1)
+    return v.b.sitofp(small, v.kind)
+
+
+def plus(f: Function, on: Processor, sums: list[Any], place: Any, step: Any) -> list[Any]:
+    """A tile's sums + what lies at `place`, row by row; nothing where that is nowhere."""
+    b, before, v = f.builder, f.builder.block, Lanes(f, on.width)
+    more: list[Any] = []
+    with b.if_then(is_there(b, place)):
+        for i, total in enumerate(sums):
+            row, vector = divmod(i, on.vectors)
+            more.append(b.fadd(total, v.load(at(b, place, b.mul(step, long(row))), long(on.width * vector))))
+        then = b.block
+    return [f.either((total, before), (other, then)) for total, other in zip(sums, more, strict=True)]
+
+
+def store(f: Function, on: Processor, sums: list[Any], place: Any, step: Any) -> None:
+    """Write a tile's sums, row by row."""
+    for i, total in enumerate(sums):
+        row, vector = divmod(i, on.vectors)
+        Lanes(f, on.width).store(total, at(f.builder, place, f.builder.mul(step, long(row))), long(on.width * vector))
+
+
+def turned(b: ir.IRBuilder, square: list[Any]) -> list[Any]:
+    """The vectors of a square matrix's columns, from those of its rows: by interleaving them."""
+    width = len(square)
+
+    def interleaved(one: Any, other: Any, start: int) -> Any:
+        """one[start], other[start], one[start + 1], other[start + 1], ..."""
+        order = [number for i in range(start, start + width // 2) for number in (i, i + width)]
+        return b.shuffle_vector(one, other, ir.Constant(ir.VectorType(INT, width), order))
+
+    for _ in range(width.bit_length() - 1):
+        pairs = zip(square[: width // 2], square[width // 2 :], strict=True)
+        square = [interleaved(*pair, half) for pair in pairs for half in (0, width // 2)]
+    return square
+
+
+def call_for(f: Function, functions: Mapping[int, ir.Function], count: Any, arguments: list[Any]) -> None:
+    """Call the one of the functions that is for so many."""
+    b, done = f.builder, f.itself.append_basic_block()
+    choice = b.switch(count, done)
+    for number, function in functions.items():
+        case = f.itself.append_basic_block()
+        choice.add_case(long(number), case)
+        b.position_at_end(case)
+        b.call(function, arguments)
+        b.branch(done)
+    b.position_at_end(done)
+
+
 class Tiles:
     """The functions of one kind of product for one processor."""
 
@@ -102,67 +197,25 @@ class Tiles:
         f = Function(self.module, f"tile of {rows}", TILE_KINDS)
         f.itself.attributes.add("noinline")
         b, v = f.builder, Lanes(f, self.on.width)
-        x, x_step, w, inner, h, h_step, u, thin, y, y_step, added, added_step, bias, scale = f.arguments[:14]
-        sums = [v.number(0.0)] * (rows * self.on.vectors)
-        sums = self._walk(f, sums, (x, x_step), (w, self.integers), inner, f.arguments[14:])
-        if self.integers:
-            sums = [b.fmul(s, v.load(scale, self._first(i % self.on.vectors))) for i, s in enumerate(sums)]
-        sums = self._walk(f, sums, (h, h_step), (u, False), thin, None)
-        sums = self._plus(f, self._plus(f, sums, bias, long(0)), added, added_step)
-        for i, total in enumerate(sums):
-            row, vector = divmod(i, self.on.vectors)
-            v.store(total, at(b, y, b.mul(y_step, long(row))), self._first(vector))
-        return f.end()
+        x, x_step, w, inner, h, h_step, u, thin, y, y_step, added, added_step, bias, scale, next_, next_step = (
+            f.arguments
+        )
 
-    def _walk(self, f: Function, sums: list[Any], left: Any, right: Any, inner: Any, ahead: Any) -> list[Any]:
-        """sums + left * right, `inner` steps along."""
-        (x, x_step), (w, integers), b = left, right, f.builder
-        w_step = long(self.panel_step if integers else self.line)
-        count, v = len(sums) // self.on.vectors, Lanes(f, self.on.width)
-        whole = b.and_(inner, long(-UNROLLED))
-        starts = [at(b, x, b.mul(x_step, long(row))) for row in range(count)]
-        for start, stop, turns in ((long(0), whole, UNROLLED), (whole, inner, 1)):
-            with f.loop(start, stop, turns, sums) as (k, results, following):
-                place = at(b, w, b.mul(k, w_step))
-                rows = [at(b, each, b.mul(k, long(NUMBER))) for each in starts]
-                for turn in range(turns):
-                    weights = [self._weights(v, place, vector, integers) for vector in range(self.on.vectors)]
-                    if ahead is not None:
-                        self._fetch(b, at(b, ahead[0], b.mul(b.add(k, long(turn)), ahead[1])))
-                    for row, address in enumerate(rows):
-                        number = b.load(at(b, address, long(turn * NUMBER)), typ=FLOAT, align=NUMBER)
-                        everywhere = v.everywhere(number)
-                        for vector in range(self.on.vectors):
-                            i = row * self.on.vectors + vector
-                            following[i] = v.multiply_add(everywhere, weights[vector], following[i])
-                    place = at(b, place, w_step)
-            sums = list(results)
-        return sums
+        def ahead(k: Any) -> None:
+            self._fetch(b, at(b, next_, b.mul(k, next_step)))
+
+        sums = [v.number(0.0)] * (rows * self.on.vectors)
+        left, right = (x, x_step, long(NUMBER)), (w, long(self.panel_step))
+        sums = walk(f, self.on, sums, left, right, inner, integers=self.integers, ahead=ahead)
+        if self.integers:
+            sums = [b.fmul(s, v.load(scale, long(self.on.width * (i % self.on.vectors)))) for i, s in enumerate(sums)]
+        sums = walk(f, self.on, sums, (h, h_step, long(NUMBER)), (u, long(self.line)), thin)
+        store(f, self.on, plus(f, self.on, plus(f, self.on, sums, bias, long(0)), added, added_step), y, y_step)
+        return f.end()
 
     def _fetch(self, b: ir.IRBuilder, line: Any) -> None:
         """Ask for a line of memory, which may be anywhere: a hint."""
         b.call(self.fetch, [line, *(ir.Constant(INT, number) for number in (0, 2, 1))])  # to read, to keep, data
-
-    def _weights(self, v: Lanes, place: Any, vector: int, integers: bool) -> Any:
-        if not integers:
-            return v.load(place, self._first(vector))
-        small = ir.VectorType(BYTE, self.on.width)
-        return v.b.sitofp(v.b.load(at(v.b, place, self._first(vector)), typ=small, align=1), self.vector)
-
-    def _first(self, vector: int) -> ir.Constant:
-        """A tile's column where one of its vectors begins."""
-        return long(self.on.width * vector)
-
-    def _plus(self, f: Function, sums: list[Any], place: Any, step: Any) -> list[Any]:
-        """sums + what lies at `place`, row by row; nothing where that is nowhere."""
-        b, before, v = f.builder, f.builder.block, Lanes(f, self.on.width)
-        more: list[Any] = []
-        with b.if_then(is_there(b, place)):
-            for i, total in enumerate(sums):
-                row, vector = divmod(i, self.on.vectors)
-                more.append(b.fadd(total, v.load(at(b, place, b.mul(step, long(row))), self._first(vector))))
-            then = b.block
-        return [f.either((total, before), (other, then)) for total, other in zip(sums, more, strict=True)]
 
     def _share(self) -> ir.Function:
         """One thread's share of y: of its panels, or of its rows."""
@@ -220,21 +273,12 @@ class Tiles:
         for top in range(0, self.on.columns, width):
             for left in range(0, self.on.columns, width):
                 rows = [self._place(b, source, top + i, left) for i in range(width)]
-                square = [b.load(row, typ=self.vector, align=NUMBER) for row in rows]
-                for _ in range(width.bit_length() - 1):
-                    pairs = zip(square[: width // 2], square[width // 2 :], strict=True)
-                    square = [self._interleaved(b, *pair, half) for pair in pairs for half in (0, width // 2)]
+                square = turned(b, [b.load(row, typ=self.vector, align=NUMBER) for row in rows])
                 for i, row in enumerate(square):
                     b.store(row, self._place(b, target, left + i, top), align=NUMBER)
 
     def _place(self, b: ir.IRBuilder, block: Any, row: int, column: int) -> Any:
         return at(b, block, long(row * self.line + column * NUMBER))
-
-    def _interleaved(self, b: ir.IRBuilder, one: Any, other: Any, start: int) -> Any:
-        """one[start], other[start], one[start + 1], other[start + 1], ..."""
-        half = range(start, start + self.on.width // 2)
-        order = [number for i in half for number in (i, i + self.on.width)]
-        return b.shuffle_vector(one, other, ir.Constant(ir.VectorType(INT, self.on.width), order))
 
     def _panel(self, f: Function, given: Given, rows: Any, panel: Any, following: Any, spare: Any) -> None:
         """All tiles of a panel of y, for rows [first, last). `following` is fetched meanwhile."""
@@ -260,20 +304,9 @@ class Tiles:
             arguments += [b.select(cut_off, spare, y), b.select(cut_off, long(self.line), given.y_step)]
             arguments += [b.select(adds, added, NOWHERE), given.added_step, bias, at(b, given.scale, byte)]
             arguments += [at(b, following, b.mul(b.mul(given.inner, ahead_step), tile)), ahead_step]
-            self._call_tile(f, b.sub(end, row), arguments)
+            call_for(f, self.tiles, b.sub(end, row), arguments)
             with b.if_then(cut_off, likely=False):
                 self._copy(f, replace(given, y=y, added=added), is_there(b, given.added), spare, b.sub(end, row), own)
-
-    def _call_tile(self, f: Function, rows: Any, arguments: list[Any]) -> None:
-        b, done = f.builder, f.itself.append_basic_block()
-        choice = b.switch(rows, done)
-        for count, tile in self.tiles.items():
-            case = f.itself.append_basic_block()
-            choice.add_case(long(count), case)
-            b.position_at_end(case)
-            b.call(tile, arguments)
-            b.branch(done)
-        b.position_at_end(done)
 
     def _copy(self, f: Function, given: Given, adds: Any, spare: Any, rows: Any, columns: Any) -> None:
         """What of a tile lies within y, from the memory into which it was written."""

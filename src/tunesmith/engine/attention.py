@@ -14,10 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.cpu import flash
 from tunesmith.cpu.attention import Piece, Pieces, Places, attend, cache, can_attend
+from tunesmith.cpu.sight import ALWAYS, Seen, Sight
 from tunesmith.engine.cache import KeyValues, Node, Slots
 
 Part = tuple[Tensor, Tensor]  # out [.., queries, dim], log-sum-exp [.., queries] in float32
@@ -53,6 +56,7 @@ class CacheContext:
     spans: Sequence[Span]
     below: Sequence[Below]
     _masks: dict[tuple[object, int | None], Tensor | None] = field(default_factory=dict)
+    _sights: dict[tuple[object, int | None], Sight] = field(default_factory=dict)
     _pieces: dict[int | None, Pieces] = field(default_factory=dict)
     _places: Places | None = None
 
@@ -82,7 +86,7 @@ class CacheContext:
         softcap: float | None,
     ) -> Tensor:
         """See AttentionContext. Writes the rows' keys and values to the cache first."""
-        alone = softcap is None and can_attend(query, value)
+        alone, tiles = (softcap is None and can(query, value) for can in (can_attend, flash.can_see))
         self._write(layer, key[0], value[0], alone)
         _, heads, tokens, _ = query.shape
         dim = value.shape[-1]
@@ -95,10 +99,13 @@ class CacheContext:
             else:
                 out[: self.decoding], lse[: self.decoding] = self._decode(layer, rows, scaling, sliding_window, softcap)
         for span in self.spans:
-            rows = query[:, :, span.start : span.stop]
-            part = self._span(layer, span, rows, scaling, sliding_window, softcap)
-            out[span.start : span.stop] = part[0][0].transpose(0, 1)
-            lse[span.start : span.stop] = part[1][0].T
+            here = slice(span.start, span.stop)
+            rows = query[:, :, here]
+            if tiles:
+                self._span_by_tiles(layer, span, rows, scaling, sliding_window, out[here], lse[here])
+            else:
+                part = self._span(layer, span, rows, scaling, sliding_window, softcap)
+                out[here], lse[here] = part[0][0].transpose(0, 1), part[1][0].T
         for below in self.shared_nodes if alone else self.below:
             self._merge(layer, below, query, out, lse, scaling, sliding_window, softcap)
         return out[None]
@@ -168,6 +175,19 @@ class CacheContext:
         stop = span.offset + span.stop - span.start
         keys, values = span.store.keys[layer][None, :, :stop], span.store.values[layer][None, :, :stop]
         return attend_part(query, keys, values, self._span_mask(span, window, query.dtype), scaling, softcap)
+
+    def _span_by_tiles(
+        self, layer: int, span: Span, query: Tensor, scaling: float, window: int | None, out: Tensor, lse: Tensor
+    ) -> None:
+        """The same, written to out [rows, heads, dim] and lse [rows, heads]."""
+        stop = span.offset + span.stop - span.start
+        if (span.start, window) not in self._sights:
+            keys = np.arange(stop)
+            reach = np.full(stop, ALWAYS) if window is None else keys + window
+            rows = keys[span.offset :]
+            self._sights[span.start, window] = flash.look(Seen(rows, rows, keys, np.full(stop, ALWAYS), reach))
+        keys, values = (side[layer][:, :stop].transpose(0, 1) for side in (span.store.keys, span.store.values))
+        flash.forward(query[0].transpose(0, 1), keys, values, self._sights[span.start, window], scaling, out, lse)
 
     def _merge(
         self,

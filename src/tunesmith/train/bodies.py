@@ -18,7 +18,7 @@ from tunesmith.models.lora import LoraModel
 from tunesmith.models.memory import trim_heap
 from tunesmith.models.packed import can_pack, page_out
 from tunesmith.train.forward import Body, ModuleBody, T
-from tunesmith.tree.attention import PrefixCache, TreeContext, cascade_backward, cascade_forward
+from tunesmith.tree.attention import PrefixCache, TreeContext, tree_backward, tree_forward
 from tunesmith.tree.body import run_body
 from tunesmith.tree.heads import Head, head_of
 from tunesmith.tree.layout import TokenTree, build_tree
@@ -143,7 +143,7 @@ class FusedBody:
 
 @dataclass
 class _TreeAttention:
-    """The tree's cascade behind the fused decoder's Attention."""
+    """Attention over the tree, behind the fused decoder's Attention."""
 
     context: TreeContext
     layers: dict[int, LayerAttention]
@@ -155,8 +155,8 @@ class _TreeAttention:
         query, key, value = self._inputs(layer, q, k, v)
         if recorded is not None:
             recorded.keys[layer], recorded.values[layer] = _heads_first(k).clone(), _heads_first(v).clone()
-        parts = self.context.parts(settings.sliding_window)
-        return cascade_forward(query, key, value, out[None], parts, settings.scaling, settings.softcap)
+        view = self.context.view(settings.sliding_window)
+        return tree_forward(query, key, value, out[None], view, settings.scaling, settings.softcap)
 
     def backward(
         self,
@@ -171,9 +171,9 @@ class _TreeAttention:
         into = (dq, dk, dv)
         if self.context.prefix is not None:
             into = (dq, torch.empty_like(key), torch.empty_like(value))
-        parts = self.context.parts(settings.sliding_window)
+        view = self.context.view(settings.sliding_window)
         seen = (query, key, value, out[None], lse)
-        cascade_backward(d_out[None], seen, into, parts, settings.scaling, settings.softcap)
+        tree_backward(d_out[None], seen, into, view, settings.scaling, settings.softcap)
         if self.context.prefix is not None:
             length = self.context.tree.prefix
             self.prefix_grads[layer] = (into[1][:, :, :length], into[2][:, :, :length])

@@ -1,22 +1,27 @@
 """Attention over a token tree.
 
-CPU: a cascade. Each part of the tree (parts.py) is an ordinary attention; parts that share queries are merged by their
-log-sum-exp, exactly: softmax over a union of keys is the sum of the softmaxes over its pieces, each weighted by
-exp(lse_piece - lse_union). The backward of a part is the ordinary one, given the MERGED output and log-sum-exp,
-because its probabilities are then those of the union (the identity ring attention uses, arXiv:2310.01889).
+CPU: our own kernel over blocks of tokens that see each other (cpu/flash.py) where it applies, elsewhere a cascade. Each
+part of the tree (parts.py) is an ordinary attention; parts that share queries are merged by their log-sum-exp, exactly:
+softmax over a union of keys is the sum of the softmaxes over its pieces, each weighted by exp(lse_piece - lse_union).
+The backward of a part is the ordinary one, given the MERGED output and log-sum-exp, because its probabilities are then
+those of the union (the identity ring attention uses, arXiv:2310.01889).
 CUDA: FlexAttention with the tree's one-line mask.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
+from tunesmith.cpu import flash
+from tunesmith.cpu.sight import ALWAYS, Seen, Sight
 from tunesmith.tree.flex import block_mask, flex
 from tunesmith.tree.kernels import backward_part, forward_part
 from tunesmith.tree.layout import TokenTree
@@ -42,6 +47,26 @@ class PrefixCache:
         return [t for side in (self.keys, self.values) for _, t in sorted(side.items())]
 
 
+class View:
+    """What a tree's tokens see in the layers of one window, as each way to compute it wants to know it."""
+
+    def __init__(self, tree: TokenTree, sliding_window: int | None) -> None:
+        self.tree, self.window = tree, sliding_window
+
+    @cached_property
+    def parts(self) -> Parts:
+        return plan_parts(self.tree, self.window)
+
+    @cached_property
+    def sight(self) -> Sight:
+        tree, before = self.tree, np.arange(self.tree.prefix)
+        keys, tokens = np.arange(-tree.prefix, tree.tokens), np.arange(tree.tokens)
+        ends = np.concatenate([np.full(tree.prefix, tree.tokens), tree.subtree_end])
+        places = np.concatenate([before, tree.position_ids])
+        reach = np.full(len(keys), ALWAYS) if self.window is None else places + self.window
+        return flash.look(Seen(tokens, tree.position_ids, keys, ends, reach))
+
+
 class TreeContext:
     """An AttentionContext for one TokenTree. `prefix` gives the keys and values of the tokens before the tree."""
 
@@ -49,13 +74,13 @@ class TreeContext:
         assert (prefix is not None) == (tree.prefix > 0), "a tree with a prefix needs its cache, and only such a tree"
         self.tree, self.prefix = tree, prefix
         self.recorded = PrefixCache() if record else None
-        self._parts: dict[int | None, Parts] = {}
+        self._views: dict[int | None, View] = {}
         self._block_masks: dict[int | None, BlockMask] = {}
 
-    def parts(self, sliding_window: int | None) -> Parts:
-        if sliding_window not in self._parts:
-            self._parts[sliding_window] = plan_parts(self.tree, sliding_window)
-        return self._parts[sliding_window]
+    def view(self, sliding_window: int | None) -> View:
+        if sliding_window not in self._views:
+            self._views[sliding_window] = View(self.tree, sliding_window)
+        return self._views[sliding_window]
 
     def _block_mask(self, sliding_window: int | None, device: torch.device) -> BlockMask:
         if sliding_window not in self._block_masks:
@@ -80,13 +105,44 @@ class TreeContext:
             value = torch.cat((self.prefix.values[layer], value), dim=2)
         if query.device.type == "cuda":
             return flex(query, key, value, self._block_mask(sliding_window, query.device), scaling, softcap)
-        return _Cascade.apply(query, key, value, self.parts(sliding_window), scaling, softcap)
+        return _TreeAttention.apply(query, key, value, self.view(sliding_window), scaling, softcap)
 
 
-def cascade_forward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, parts: Parts, scaling: float, softcap: float | None
+def tree_forward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, view: View, scaling: float, softcap: float | None
 ) -> Tensor:
     """query, key, value [1, heads, tokens, dim]; fills out [1, tokens, heads, dim]; returns lse [1, tokens, heads]."""
+    if softcap is None and flash.can_see(query, value):
+        q, k, v = map(_tokens_first, (query, key, value))
+        return flash.forward(q, k, v, view.sight, scaling, out[0])[None]
+    return _cascade_forward(query, key, value, out, view.parts, scaling, softcap)
+
+
+def tree_backward(
+    grad_out: Tensor,
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    view: View,
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    """Writes the gradients of query, key and value into `grads`. `forward`: query, key, value, out and lse."""
+    query, key, value, out, lse = forward
+    if softcap is not None or not flash.can_see(query, value):
+        _cascade_backward(grad_out, forward, grads, view.parts, scaling, softcap)
+        return
+    q, k, v, dq, dk, dv = map(_tokens_first, (query, key, value, *grads))
+    flash.backward(grad_out[0], (q, k, v, out[0], lse[0]), view.sight, scaling, (dq, dk, dv))
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[1, heads, tokens, dim] -> [tokens, heads, dim], a view."""
+    return x[0].transpose(0, 1)
+
+
+def _cascade_forward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, parts: Parts, scaling: float, softcap: float | None
+) -> Tensor:
     lse = query.new_empty(out.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     for part in parts.parts:
         rows, cols = slice(part.q0, part.q1), slice(part.k0, part.k1)
@@ -102,7 +158,7 @@ def cascade_forward(
     return lse
 
 
-def cascade_backward(
+def _cascade_backward(
     grad_out: Tensor,
     forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
@@ -110,7 +166,6 @@ def cascade_backward(
     scaling: float,
     softcap: float | None,
 ) -> None:
-    """Writes the gradients of query, key and value into `grads`. `forward`: query, key, value, out and lse."""
     query, key, value, out, lse = forward
     grad_query, grad_key, grad_value = grads
     if not parts.keys_once:
@@ -133,15 +188,15 @@ def _put(target: Tensor, grad: Tensor, first: bool) -> None:
         target.add_(grad)
 
 
-class _Cascade(torch.autograd.Function):
+class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float, softcap: float | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, view: View, scaling: float, softcap: float | None
     ) -> Tensor:
-        out = query.new_empty(1, parts.tokens, query.shape[1], value.shape[-1])
-        lse = cascade_forward(query, key, value, out, parts, scaling, softcap)
+        out = query.new_empty(1, view.tree.tokens, query.shape[1], value.shape[-1])
+        lse = tree_forward(query, key, value, out, view, scaling, softcap)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.parts, ctx.scaling, ctx.softcap = parts, scaling, softcap
+        ctx.view, ctx.scaling, ctx.softcap = view, scaling, softcap
         return out
 
     @staticmethod
@@ -151,5 +206,5 @@ class _Cascade(torch.autograd.Function):
         # Token-major in memory, as the model's own linears will want them.
         grads = tuple(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value))
         forward = (query, key, value, out, lse)
-        cascade_backward(upstream[0], forward, grads, ctx.parts, ctx.scaling, ctx.softcap)
+        tree_backward(upstream[0], forward, grads, ctx.view, ctx.scaling, ctx.softcap)
         return *grads, None, None, None

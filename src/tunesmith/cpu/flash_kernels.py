@@ -1,0 +1,361 @@
+"""The kernels of cpu/flash.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+from tunesmith.cpu.lanes import Lanes, sum_along
+from tunesmith.cpu.sight import PIECE, ROWS
+from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, turned, walk
+from tunesmith.cpu.writing import (
+    ADDRESS,
+    FLOAT,
+    INT,
+    LONG,
+    NUMBER,
+    Function,
+    Processor,
+    at,
+    declare,
+    in_threads,
+    integer_at,
+    long,
+    new_module,
+    scratch,
+    share_of,
+)
+
+LINE = PIECE * NUMBER  # bytes of a row of scores
+HIDDEN = -1e38  # the score of a key that a row does not see
+LOWEST = -1e30  # of all scores so far, when there are none
+
+YES, NO = (ir.Constant(ir.IntType(1), answer) for answer in (1, 0))
+MATRIX = [ADDRESS, LONG, LONG]  # [rows, heads, dim]: where it begins, the steps in bytes from row to row, head to head
+SIGHT = [*[ADDRESS] * 7, LONG]
+SIZES = [LONG] * 5
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """[rows, dim] of one head; `step` in bytes from row to row."""
+
+    start: Any
+    step: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """Some of the keys that a block of rows sees."""
+
+    key: Any  # the first
+    keys: Any
+    hides: Any  # whether some of them from some rows
+    begins_here: Any  # whether it is the block's first
+
+
+class Blocks:
+    """What forward and backward share: blocks of rows against runs of keys, and products of their tiles."""
+
+    def __init__(self, on: Processor, dim: int) -> None:
+        assert ROWS % on.rows == 0
+        assert PIECE % on.columns == 0
+        assert dim % on.columns == 0
+        self.on, self.dim, self.module = on, dim, new_module()
+        self.line, self.size = on.columns * NUMBER, dim * NUMBER  # bytes of a tile's row, of a head
+        self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
+
+    def begin(self, kinds: list[ir.Type]) -> tuple[list[Any], Any, Any]:
+        """The function of a thread: its arguments but those of SIGHT and SIZES, its number, and how many there are."""
+        self.f = f = Function(self.module, "share", [LONG, LONG, *kinds, *SIGHT, *SIZES])
+        self.b, self.v = f.builder, Lanes(f, self.on.width)
+        own, rest = f.arguments[2 : 2 + len(kinds)], f.arguments[2 + len(kinds) :]
+        self.order, self.places, *self.key_bounds, self.table, self.starts, self.blocks = rest[: len(SIGHT)]
+        self.rows, self.heads, self.group, self.keys, bits = rest[len(SIGHT) :]
+        self.scale = self.b.bitcast(self.b.trunc(bits, INT), FLOAT)
+        columns = self.on.columns
+        self.panels = self.b.sdiv(self.b.add(self.keys, long(columns - 1)), long(columns))
+        return own, *f.arguments[:2]
+
+    def _tile(self, rows: int) -> ir.Function:
+        """y = x w + added: x [rows, inner], with steps from row to row and along one; w a panel; added is y or none."""
+        f = Function(self.module, f"tile of {rows}", [ADDRESS, LONG, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, ADDRESS])
+        f.itself.attributes.add("noinline")
+        x, x_row, x_step, w, w_step, inner, y, y_step, added = f.arguments
+        sums = [Lanes(f, self.on.width).number(0.0)] * (rows * self.on.vectors)
+        sums = walk(f, self.on, sums, (x, x_row, x_step), (w, w_step), inner)
+        store(f, self.on, plus(f, self.on, sums, added, y_step), y, y_step)
+        return f.end()
+
+    def multiply(self, x: tuple[Any, Any, Any], rows: Any, w: Matrix, inner: Any, y: Matrix, adds: Any) -> None:
+        """y [rows, columns] = x w, or added to it: one panel's width. x: where, and its steps, as in `_tile`."""
+        f, b, most = self.f, self.b, self.on.rows
+        tiles = b.sdiv(b.add(rows, long(most - 1)), long(most))
+        with f.loop(long(0), tiles) as (tile, _, _):
+            row, end = share_of(b, rows, tile, tiles)
+            arguments = [at(b, x[0], b.mul(row, x[1])), *x[1:], w.start, w.step, inner]
+            into = at(b, y.start, b.mul(row, y.step))
+            arguments += [into, y.step, b.select(adds, into, NOWHERE)]
+            call_for(f, self.tiles, b.sub(end, row), arguments)
+
+    def across(
+        self, x: tuple[Any, Any, Any], rows: Any, w: Matrix, inner: Any, y: Matrix, adds: Any, panel: Any
+    ) -> None:
+        """y [rows, dim] = x w, or added to it: panel after panel, each `panel` bytes of w on."""
+        b = self.b
+        with self.f.loop(long(0), long(self.dim // self.on.columns)) as (i, _, _):
+            here = Matrix(at(b, w.start, b.mul(i, panel)), w.step)
+            self.multiply(x, rows, here, inner, Matrix(at(b, y.start, b.mul(i, long(self.line))), y.step), adds)
+
+    def scores(self, x: Matrix, rows: Any, panels: Any, run: Run, into: Any) -> None:
+        """x [rows, dim] with each of a run's keys (or values), which lie turned."""
+        b = self.b
+        start = at(b, panels, b.mul(run.key, long(self.size)))
+        count = b.sdiv(b.add(run.keys, long(self.on.columns - 1)), long(self.on.columns))
+        with self.f.loop(long(0), count) as (i, _, _):
+            w = Matrix(at(b, start, b.mul(i, long(self.dim * self.line))), long(self.line))
+            y = Matrix(at(b, into, b.mul(i, long(self.line))), long(LINE))
+            self.multiply((x.start, x.step, long(NUMBER)), rows, w, long(self.dim), y, NO)
+
+    def runs(self, block: Any, work: Any) -> None:
+        """work(run) for every run of keys that a block sees."""
+        b = self.b
+        begin, end = integer_at(b, self.starts, block), integer_at(b, self.starts, b.add(block, long(1)))
+        with self.f.loop(begin, end) as (n, _, _):
+            key, keys, hides = (integer_at(b, self.table, b.add(b.mul(n, long(3)), long(i))) for i in range(3))
+            work(Run(key, keys, b.icmp_signed("!=", hides, long(0)), b.icmp_signed("==", n, begin)))
+
+    def each_row(self, first: Any, count: Any, run: Run, work: Any) -> None:
+        """work(row of the block, keys rounded up to vectors, sees) for each row; sees(i) tells of a vector's keys."""
+        b = self.b
+        width = b.and_(b.add(run.keys, long(self.on.columns - 1)), long(-self.on.columns))
+        begins, ends, reach = (at(b, each, b.mul(run.key, long(4))) for each in self.key_bounds)
+
+        def rows(*, hides: bool) -> None:
+            with self.f.loop(long(0), count) as (row, _, _):
+                order, place = (
+                    self.v.everywhere(b.load(at(b, a, b.mul(b.add(first, row), long(4))), typ=INT, align=4))
+                    for a in (self.order, self.places)
+                )
+
+                def sees(i: Any) -> Any:
+                    from_, until, reaches = (
+                        b.load(at(b, a, b.mul(i, long(4))), typ=self.v.whole, align=4) for a in (begins, ends, reach)
+                    )
+                    inside = b.and_(b.icmp_signed("<=", from_, order), b.icmp_signed(">", until, order))
+                    return b.and_(inside, b.icmp_signed(">", reaches, place))
+
+                work(row, width, sees if hides else None)
+
+        with b.if_else(run.hides) as (some, none):
+            with some:
+                rows(hides=True)
+            with none:
+                rows(hides=False)
+
+    def block_of(self, block: Any) -> tuple[Any, Any]:
+        """Its first row, and how many it has."""
+        b = self.b
+        first = b.mul(block, long(ROWS))
+        left = b.sub(self.rows, first)
+        return first, b.select(b.icmp_signed("<", left, long(ROWS)), left, long(ROWS))
+
+    def matrix(self, given: tuple[Any, Any, Any], row: Any, head: Any) -> Matrix:
+        start, step, head_step = given
+        b = self.b
+        return Matrix(at(b, start, b.add(b.mul(row, step), b.mul(head, head_step))), step)
+
+    def number_at(self, numbers: Any, i: Any) -> Any:
+        return self.b.load(at(self.b, numbers, self.b.mul(i, long(NUMBER))), typ=FLOAT, align=NUMBER)
+
+    def put(self, number: Any, numbers: Any, i: Any) -> None:
+        self.b.store(number, at(self.b, numbers, self.b.mul(i, long(NUMBER))), align=NUMBER)
+
+    def exp(self, x: Any) -> Any:
+        one = Lanes(self.f, 1)
+        return self.b.extract_element(one.exp(one.everywhere(x)), ir.Constant(INT, 0))
+
+
+class Forward(Blocks):
+    """Threads share the blocks of all heads."""
+
+    def __init__(self, on: Processor, dim: int) -> None:
+        super().__init__(on, dim)
+        own, thread, threads = self.begin([*MATRIX, ADDRESS, ADDRESS, ADDRESS, LONG, ADDRESS])
+        query, (self.turned, self.split, self.out, self.out_step, self.lse) = own[:3], own[3:]
+        b = self.b
+        self.s, self.sums = scratch(b, ROWS * LINE), scratch(b, ROWS * self.size)
+        self.largest, self.totals = scratch(b, ROWS * NUMBER), scratch(b, ROWS * NUMBER)
+        first, last = share_of(b, b.mul(self.heads, self.blocks), thread, threads)
+        with self.f.loop(first, last) as (unit, _, _):
+            self.block(query, b.sdiv(unit, self.blocks), b.srem(unit, self.blocks))
+        in_threads(self.module, "forward", self.f.end())
+
+    def block(self, query: Any, head: Any, block: Any) -> None:
+        b, v = self.b, self.v
+        first, count = self.block_of(block)
+        kv_head, q = b.sdiv(head, self.group), self.matrix(query, first, head)
+        turned = at(b, self.turned, b.mul(kv_head, b.mul(self.panels, long(self.dim * self.line))))
+        split = at(b, self.split, b.mul(kv_head, b.mul(self.keys, long(self.size))))
+        with self.f.loop(long(0), count) as (row, _, _):
+            self.put(ir.Constant(FLOAT, LOWEST), self.largest, row)
+            self.put(ir.Constant(FLOAT, 0.0), self.totals, row)
+            for i in range(0, self.dim, self.on.width):
+                v.store(v.number(0.0), at(b, self.sums, b.mul(row, long(self.size))), long(i))
+
+        def add(run: Run) -> None:
+            self.scores(q, count, turned, run, self.s)
+            self.each_row(first, count, run, self.weigh)
+            values = Matrix(at(b, split, b.mul(run.key, long(self.line))), long(self.line))
+            weights, sums = (self.s, long(LINE), long(NUMBER)), Matrix(self.sums, long(self.size))
+            self.across(weights, count, values, run.keys, sums, YES, b.mul(self.keys, long(self.line)))
+
+        self.runs(block, add)
+        with self.f.loop(long(0), count) as (row, _, _):
+            self.finish(row, b.add(first, row), head)
+
+    def weigh(self, row: Any, width: Any, sees: Any) -> None:
+        """A row's scores become exponentials; what was summed before is made smaller where there is a larger score."""
+        b, v, f = self.b, self.v, self.f
+        s, scale = at(b, self.s, b.mul(row, long(LINE))), v.everywhere(self.scale)
+        before = self.number_at(self.largest, row)
+        with f.loop(long(0), width, self.on.width, [v.everywhere(before)]) as (i, so_far, following):
+            score = b.fmul(v.load(s, i), scale)
+            if sees is not None:
+                score = b.select(sees(i), score, v.number(HIDDEN))
+            v.store(score, s, i)
+            following[0] = v.call("maxnum", so_far[0], score)
+        largest = v.largest(so_far[0])
+        top, nothing = v.everywhere(largest), v.number(0.0)
+        with f.loop(long(0), width, self.on.width, [nothing]) as (i, so_far, following):
+            score = v.load(s, i)
+            power = v.exp(b.fsub(score, top))
+            if sees is not None:
+                power = b.select(b.fcmp_ordered(">", score, v.number(LOWEST)), power, nothing)
+            v.store(power, s, i)
+            following[0] = b.fadd(so_far[0], power)
+        kept = self.exp(b.fsub(before, largest))
+        self.put(largest, self.largest, row)
+        total = b.fmul(self.number_at(self.totals, row), kept)
+        self.put(b.fadd(total, v.total(so_far[0])), self.totals, row)
+        sums = at(b, self.sums, b.mul(row, long(self.size)))
+        for i in range(0, self.dim, self.on.width):
+            v.store(b.fmul(v.load(sums, long(i)), v.everywhere(kept)), sums, long(i))
+
+    def finish(self, row: Any, place: Any, head: Any) -> None:
+        b, v = self.b, self.v
+        total = self.number_at(self.totals, row)
+        log = b.call(declare(self.module, "llvm.log.f32", [FLOAT], FLOAT), [total])
+        self.put(b.fadd(self.number_at(self.largest, row), log), self.lse, b.add(b.mul(place, self.heads), head))
+        factor = v.everywhere(b.fdiv(ir.Constant(FLOAT, 1.0), total))
+        out = at(b, self.out, b.add(b.mul(place, self.out_step), b.mul(head, long(self.size))))
+        sums = at(b, self.sums, b.mul(row, long(self.size)))
+        for i in range(0, self.dim, self.on.width):
+            v.store(b.fmul(v.load(sums, long(i)), factor), out, long(i))
+
+
+class Backward(Blocks):
+    """Threads share the heads. Each has gradients of keys and values of its own, [heads, keys, dim], zeros before."""
+
+    def __init__(self, on: Processor, dim: int) -> None:
+        super().__init__(on, dim)
+        kinds = [*MATRIX, *MATRIX, ADDRESS, LONG, ADDRESS, ADDRESS, ADDRESS, ADDRESS, *MATRIX, ADDRESS, ADDRESS]
+        own, thread, threads = self.begin(kinds)
+        self.query, self.d_out, self.d_query = own[:3], own[3:6], own[12:15]
+        self.out, self.out_step, self.lse, self.turned_keys, self.turned_values, self.split_keys = own[6:12]
+        self.d_key, self.d_value = own[15:]
+        b = self.b
+        self.s, self.t = scratch(b, ROWS * LINE), scratch(b, ROWS * LINE)
+        self.dots = scratch(b, ROWS * NUMBER)
+        first, last = share_of(b, self.heads, thread, threads)
+        with self.f.loop(first, last) as (head, _, _), self.f.loop(long(0), self.blocks) as (block, _, _):
+            self.block(head, block)
+        in_threads(self.module, "backward", self.f.end())
+
+    def block(self, head: Any, block: Any) -> None:
+        b = self.b
+        first, count = self.block_of(block)
+        kv_head = b.sdiv(head, self.group)
+        q, d_out, d_query = (self.matrix(given, first, head) for given in (self.query, self.d_out, self.d_query))
+        panels = b.mul(kv_head, b.mul(self.panels, long(self.dim * self.line)))
+        keys, values = at(b, self.turned_keys, panels), at(b, self.turned_values, panels)
+        split = at(b, self.split_keys, b.mul(kv_head, b.mul(self.keys, long(self.size))))
+        of_head = b.mul(head, b.mul(self.keys, long(self.size)))
+        self.products(first, count, head, d_out)
+
+        def add(run: Run) -> None:
+            self.scores(q, count, keys, run, self.s)
+            self.scores(d_out, count, values, run, self.t)
+            self.each_row(first, count, run, lambda *row: self.slopes(first, head, *row))
+            mine = b.add(of_head, b.mul(run.key, long(self.size)))
+            for weights, of, grad in ((self.s, d_out, self.d_value), (self.t, q, self.d_key)):
+                into = Matrix(at(b, grad, mine), long(self.size))
+                self.across((weights, long(NUMBER), long(LINE)), run.keys, of, count, into, YES, long(self.line))
+            w = Matrix(at(b, split, b.mul(run.key, long(self.line))), long(self.line))
+            adds = b.not_(run.begins_here)
+            panel = b.mul(self.keys, long(self.line))
+            self.across((self.t, long(LINE), long(NUMBER)), count, w, run.keys, d_query, adds, panel)
+
+        self.runs(block, add)
+
+    def products(self, first: Any, count: Any, head: Any, d_out: Matrix) -> None:
+        """A row's output times its gradient: the sum that softmax's derivative takes off (FlashAttention, 3.1)."""
+        b = self.b
+        out = self.matrix((self.out, self.out_step, long(self.size)), first, head)
+        with self.f.loop(long(0), count) as (row, _, _):
+            x, y = (at(b, each.start, b.mul(row, each.step)) for each in (out, d_out))
+            dot = sum_along(
+                self.f, self.on, long(self.dim), lambda v, i, s: v.multiply_add(v.load(x, i), v.load(y, i), s)
+            )
+            self.put(dot, self.dots, row)
+
+    def slopes(self, first: Any, head: Any, row: Any, width: Any, sees: Any) -> None:
+        """A row's scores become probabilities, and its gradients by those the gradients by its products with keys."""
+        b, v = self.b, self.v
+        s, t = (at(b, each, b.mul(row, long(LINE))) for each in (self.s, self.t))
+        place = b.add(b.mul(b.add(first, row), self.heads), head)
+        lse, dot = v.everywhere(self.number_at(self.lse, place)), v.everywhere(self.number_at(self.dots, row))
+        scale = v.everywhere(self.scale)
+        with self.f.loop(long(0), width, self.on.width) as (i, _, _):
+            power = v.exp(b.fsub(b.fmul(v.load(s, i), scale), lse))
+            if sees is not None:
+                power = b.select(sees(i), power, v.number(0.0))
+            v.store(power, s, i)
+            v.store(b.fmul(b.fmul(power, scale), b.fsub(v.load(t, i), dot)), t, i)
+
+
+def layout_kernel(on: Processor, dim: int, how: str) -> ir.Module:
+    """[keys, heads, dim] into panels: `turned` or `split`, as cpu/flash.py says. Threads share the panels of keys."""
+    module = new_module()
+    f = Function(module, "share", [LONG, LONG, *MATRIX, ADDRESS, LONG, LONG])
+    b, v, columns, line = f.builder, Lanes(f, on.width), on.columns, on.columns * NUMBER
+    thread, threads, x, step, head_step, out, keys, heads = f.arguments
+    panels = b.sdiv(b.add(keys, long(columns - 1)), long(columns))
+    first, last = share_of(b, b.mul(heads, panels), thread, threads)
+    with f.loop(first, last) as (unit, _, _):
+        head, panel = b.sdiv(unit, panels), b.srem(unit, panels)
+        key = b.mul(panel, long(columns))
+        source = at(b, x, b.mul(head, head_step))
+        if how == "turned":
+            target, end = at(b, out, b.mul(unit, long(dim * line))), b.sub(keys, long(1))
+            for top in range(0, columns, on.width):
+                places = [b.add(key, long(top + i)) for i in range(on.width)]
+                places = [b.select(b.icmp_signed("<", place, end), place, end) for place in places]
+                rows = [at(b, source, b.mul(place, step)) for place in places]
+                with f.loop(long(0), long(dim), on.width) as (left, _, _):
+                    square = turned(b, [v.load(row, left) for row in rows])
+                    for i, column in enumerate(square):
+                        v.store(column, at(b, target, b.mul(b.add(left, long(i)), long(line))), long(top))
+        else:
+            stop = b.add(key, long(columns))
+            stop = b.select(b.icmp_signed("<", stop, keys), stop, keys)
+            target = at(b, out, b.mul(head, b.mul(keys, long(dim * NUMBER))))
+            with f.loop(key, stop) as (row, _, _):
+                here = at(b, source, b.mul(row, step))
+                for i in range(0, dim, on.width):
+                    part = at(b, target, b.mul(b.add(b.mul(keys, long(i // columns)), row), long(line)))
+                    v.store(v.load(here, long(i)), part, long(i % columns))
+    in_threads(module, how, f.end())
+    return module
