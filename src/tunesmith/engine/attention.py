@@ -23,6 +23,8 @@ from tunesmith.cpu.attention import Piece, Pieces, Places, attend, cache, can_at
 from tunesmith.cpu.sight import ALWAYS, Seen, Sight
 from tunesmith.engine.cache import KeyValues, Node, Slots
 
+READ_ALONE = 4096  # tokens of a node times rows below it, up to which reading them over again costs less than a merge
+
 Part = tuple[Tensor, Tensor]  # out [.., queries, dim], log-sum-exp [.., queries] in float32
 
 
@@ -63,10 +65,17 @@ class CacheContext:
     def __post_init__(self) -> None:
         decoding = len(self.slot_index)
         self.decoding = decoding
-        # Nodes that one decoding row alone sees are read with what is its own, where there is a kernel for it.
-        alone = [len(below.rows) == 1 and int(below.rows[0]) < decoding for below in self.below]
-        self.own_nodes = [below for below, own in zip(self.below, alone, strict=True) if own]
-        self.shared_nodes = [below for below, own in zip(self.below, alone, strict=True) if not own]
+        # Nodes that few decoding rows see are read with what is a row's own, where there is a kernel for it.
+        self.own_nodes: list[tuple[Node, list[int]]] = []
+        self.shared_nodes: list[Below] = []
+        for below in self.below:
+            rows = [row for row in below.rows.tolist() if row < decoding]
+            if not (len(rows) == 1 or 0 < len(rows) * (below.node.end - below.node.start) <= READ_ALONE):
+                self.shared_nodes.append(below)
+                continue
+            self.own_nodes.append((below.node, rows))
+            if len(rows) < len(below.rows):
+                self.shared_nodes.append(Below(below.node, below.rows[len(rows) :]))
         if decoding:
             self.reach = int(self.offsets.max()) + 1
             self.count, self.width = int(self.slot_index.max()) + 1, int(self.turns.max()) + 1  # slots, rows in each
@@ -133,19 +142,19 @@ class CacheContext:
         """query [heads, decoding, dim]; fills the first rows of out and lse."""
         if window not in self._pieces:
             self._pieces[window] = self._look_alone(window)
-        stores = [self.slots.kv, *(below.node.kv for below in self.own_nodes)]
+        stores = [self.slots.kv, *(node.kv for node, _ in self.own_nodes)]
         keys, values = [kv.keys[layer] for kv in stores], [kv.values[layer] for kv in stores]
         attend(query, keys, values, self._pieces[window], scaling, out[: self.decoding], lse[: self.decoding])
 
     def _look_alone(self, window: int | None) -> Pieces:
-        """What each decoding row looks at: its slot up to itself, then the nodes that are its alone."""
+        """What each decoding row looks at: its slot up to itself, then nodes that it reads alone."""
         rows: list[list[Piece]] = []
         for slot, offset in zip(self.slot_index.tolist(), self.offsets.tolist(), strict=True):
             rows.append([Piece(0, 0 if window is None else max(0, offset + 1 - window), offset + 1, slot)])
-        for store, below in enumerate(self.own_nodes, 1):
-            (row,), node = below.rows.tolist(), below.node
-            start = 0 if window is None else max(0, int(self.positions[row]) + 1 - window - node.start)
-            rows[row].append(Piece(store, start, node.end - node.start))
+        for store, (node, readers) in enumerate(self.own_nodes, 1):
+            for row in readers:
+                start = 0 if window is None else max(0, int(self.positions[row]) + 1 - window - node.start)
+                rows[row].append(Piece(store, start, node.end - node.start))
         return Pieces(rows)
 
     def _decode(self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None) -> Part:

@@ -20,6 +20,7 @@ MIN_SHARED = 16  # tokens: a shorter shared prefix is computed again rather than
 LOOKAHEAD = 128  # waiting sequences that a new one is compared with
 LONGEST_TAIL = 1024  # tokens in a slot; a longer end is moved into a node
 ROOM_STEP = 64  # slots grow by this many tokens
+GROWTH = 1.5  # of the slots, where there is memory for it: every time all of them are copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,7 @@ class Scheduler:
         if count > self.slots.count:
             count = min(self.max_batch, count + len(self.waiting))
         for slots in dict.fromkeys((max(count, self.slots.count), max(len(self.running) + 1, self.slots.count))):
-            if self._reserve(slots, room, fresh):
+            if self._reserve_to_grow(slots, room, fresh):
                 return True
         if self.running:
             return False
@@ -250,6 +251,11 @@ class Scheduler:
                 f"({self.memory_limit >> 20} MB); raise memory_limit or shorten it"
             )
         return True
+
+    def _reserve_to_grow(self, slots: int, room: int, fresh: int) -> bool:
+        """The same as `_reserve`, with more room where slots must grow and memory allows it."""
+        ample = room if room <= self.slots.room else max(room, _rounded(self.slots.room * GROWTH))
+        return any(self._reserve(slots, each, fresh) for each in dict.fromkeys((ample, room)))
 
     def _reserve(self, slots: int, room: int, fresh: int) -> bool:
         """Resize the slots if memory allows, after evicting from the tree what nobody uses."""
@@ -268,7 +274,7 @@ class Scheduler:
                 self._spill(generation)
         while self.running:
             needed = max(self._tail_wanted(g) for g in self.running)
-            if needed <= self.slots.room or self._reserve(self.slots.count, _rounded(needed), 0):
+            if needed <= self.slots.room or self._reserve_to_grow(self.slots.count, _rounded(needed), 0):
                 return
             newest = self.running[-1]
             if len(self.running) == 1:  # nobody left to wait for
@@ -327,5 +333,5 @@ class Scheduler:
             mover.slot = hole
 
 
-def _rounded(tokens: int) -> int:
-    return -(-(tokens + 1) // ROOM_STEP) * ROOM_STEP
+def _rounded(tokens: float) -> int:
+    return -(-(int(tokens) + 1) // ROOM_STEP) * ROOM_STEP

@@ -9,14 +9,19 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 
 def resident_bytes() -> int:
     """What this process holds now."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 
-def peak_bytes() -> int:
-    """The most it has held since `forget_peak`; on other systems than Linux since it began."""
+def peak_bytes(device: torch.device) -> int:
+    """The most it has held since `forget_peak`: on the device, or resident where that is the CPU (on other systems than
+    Linux since it began)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -25,8 +30,11 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device) -> None:
     """Let `peak_bytes` count from now on, where the system can do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc_pid_clear_refs(5)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.batches import Group, Layout, Step, StepPlan, make_step
-from tunesmith.models.memory import resident_bytes
+from tunesmith.models.memory import forget_peak, peak_bytes, resident_bytes
 from tunesmith.models.quantised import count_weights
 from tunesmith.train import parallel
 from tunesmith.train.annotate import Annotate, with_columns
@@ -31,7 +31,8 @@ AUTO_SHARE = 0.8  # of the memory that is free
 ANSWERING_SHARE = 8  # an eighth of a stated limit
 PACKED_SHARE = 3  # a third of the memory
 FEW_LEARN = 4  # at most a quarter of the weights
-ADAMW_COPIES = 3  # gradient and two moments
+ADAMW_MOMENTS = 2
+SPARE = 0.9  # of the memory that may be used, when steps are laid out: what is computed on the way takes some
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def fitting_tokens(
     body: Body, parameters: Mapping[str, nn.Parameter], rows: Sequence[TokenizedExample], limit: int
 ) -> int:
     """The most tokens that can be computed at a time under `limit` bytes."""
-    return (limit - _fixed_bytes(body, parameters)) // bytes_per_token(body, rows)
+    return (int(limit * SPARE) - _fixed_bytes(body, parameters)) // bytes_per_token(body, rows)
 
 
 def bytes_per_token(body: Body, rows: Sequence[TokenizedExample]) -> int:
@@ -159,24 +160,25 @@ def estimate(
     *,
     limit: int,
 ) -> Estimate:
-    """Count the run's tokens and time a piece of its first step. `steps` is laid out under `limit` already.
+    """Count the run's tokens and try a piece of its first step. `steps` is laid out under `limit` already.
 
     `annotate`: what goes once over every row that will be seen, before training.
     """
     sampled = _sampled(steps)
     times = len(steps) / len(sampled)
     computed = sum(step.computed_tokens for step in sampled) * times
-    step_rate, once_rate = _seconds_per_token(body, parameters, sampled[0], steps.layout, loss, annotate)
+    trial = _try(body, parameters, sampled[0], steps.layout, loss, annotate)
     epochs = len(steps) * steps.batch_examples * steps.layout.together / len(steps.examples)
-    peak = _peak_bytes(body, parameters, sampled, steps.examples)
+    each = bytes_per_token(body, steps.examples)
+    peak = trial.peak_bytes + ADAMW_MOMENTS * _trained_bytes(parameters) + (_held(sampled) - trial.held) * each
     return Estimate(
         steps=len(steps),
         tokens=round(sum(step.tokens for step in sampled) * times),
         computed_tokens=round(computed),
         supervised_tokens=round(sum(step.supervised_tokens for step in sampled) * times),
-        seconds=computed * (step_rate + once_rate / max(1.0, epochs)),
+        seconds=computed * (trial.step_rate + trial.once_rate / max(1.0, epochs)),
         peak_bytes=peak,
-        bytes_per_token=bytes_per_token(body, steps.examples),
+        bytes_per_token=each,
         token_budget=steps.layout.token_budget,
         memory_limit=limit,
         fits=peak <= limit,
@@ -193,25 +195,39 @@ def _peak_bytes(
     body: Body, parameters: Mapping[str, nn.Parameter], steps: Sequence[Step], rows: Sequence[TokenizedExample]
 ) -> int:
     """The most memory that these steps take, as they are laid out."""
-    largest = max(_held_tokens(group, step.lanes) for step in steps for group in step.groups)
-    return _fixed_bytes(body, parameters) + largest * bytes_per_token(body, rows)
+    return _fixed_bytes(body, parameters) + _held(steps) * bytes_per_token(body, rows)
+
+
+def _held(steps: Sequence[Step]) -> int:
+    """The most tokens that are between forward and backward at a time."""
+    return max(_held_tokens(group, step.lanes) for step in steps for group in step.groups)
 
 
 def _held_tokens(group: Group, lanes: int) -> int:
-    """Tokens between forward and backward at a time: the prefix's and those of as many trees as there are lanes."""
+    """The prefix's and those of as many trees as there are lanes."""
     prefix = 0 if group.prefix is None else group.prefix.tokens
     return prefix + sum(sorted(tree.tokens for tree in group.trees)[-lanes:])
 
 
-def _seconds_per_token(
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What forward and backward of a few rows took."""
+
+    step_rate: float  # seconds for each token computed
+    once_rate: float  # of what goes before training
+    peak_bytes: int  # with gradients, without AdamW's moments
+    held: int  # tokens
+
+
+def _try(
     body: Body,
     parameters: Mapping[str, nn.Parameter],
     first: Step,
     layout: Layout,
     loss: Loss,
     annotate: Annotate | None,
-) -> tuple[float, float]:
-    """A few rows of the first step, the second time they are run: forward and backward; what goes before training."""
+) -> _Trial:
+    """A few rows of the first step, the second time they are run."""
     count = layout.together
     trial = make_step(0, 0.0, first.examples[:count], layout)
     while trial.computed_tokens < TRIAL_TOKENS and count < len(first.examples):
@@ -224,22 +240,30 @@ def _seconds_per_token(
             columns = annotate(body, trial.examples, layout, lambda done, total: None)
             before = time.perf_counter() - began
             trial = make_step(0, 0.0, [*with_columns(trial.examples, columns)], layout)
+        forget_peak(body.device)
         began = time.perf_counter()
         accumulate(body, trial, loss)
         seconds = time.perf_counter() - began
+    peak = peak_bytes(body.device)
     for parameter in parameters.values():
         parameter.grad = None
     body.rest()
-    return seconds / trial.computed_tokens, before / trial.computed_tokens
+    tokens = trial.computed_tokens
+    return _Trial(seconds / tokens, before / tokens, peak, _held([trial]))
+
+
+def _trained_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Of what this worker holds of the parameters."""
+    return sum(parallel.local(p).numel() * p.element_size() for p in parameters.values())
 
 
 def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
-    """What does not grow with the micro-batch: what is held now, AdamW's copies, every lane's own gradient and slice of
-    logits, what every thread dequantises of a quantised base, and what is gathered of a sharded one."""
-    trained = sum(parallel.local(p).numel() * p.element_size() for p in parameters.values())
+    """What does not grow with the micro-batch: what is held now, gradient and moments, every lane's own gradient and
+    slice of logits, what every thread dequantises of a quantised base, and what is gathered of a sharded one."""
+    trained = _trained_bytes(parameters)
     lanes = _most_lanes(body, parameters)
     apart = lanes * trained if lanes > 1 else 0
     gathered = body.gathered_bytes if isinstance(body, ShardedBody) else 0
     dequantised = body.dequantised_bytes * torch.get_num_threads() if isinstance(body, FusedBody) else 0
     logits = lanes * 2 * LOGITS_AT_ONCE * 4
-    return resident_bytes() + ADAMW_COPIES * trained + apart + logits + gathered + dequantised
+    return resident_bytes() + (1 + ADAMW_MOMENTS) * trained + apart + logits + gathered + dequantised

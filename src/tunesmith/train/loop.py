@@ -156,11 +156,6 @@ def evaluate(body: Body, held_out: Step, loss: Loss, step: int) -> EvalMetrics:
     return EvalMetrics(step, total / held_out.weight, means(metrics, held_out))
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that training has held: on the device, or resident where the device is the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
-
-
 class _Run:
     """One run's moving parts."""
 
@@ -203,7 +198,7 @@ class _Run:
     def to_the_end(self, eval_every: int, save_every: int) -> TrainResult:
         # Denormal numbers are a hundred times slower on a CPU and worth nothing here; the caller's may be.
         torch.set_flush_denormal(True)
-        forget_peak()
+        forget_peak(self.body.device)
         try:
             return self._train(eval_every, save_every)
         finally:
@@ -256,7 +251,7 @@ class _Run:
                 computed_tokens=step.computed_tokens,
                 supervised_tokens=step.supervised_tokens,
                 seconds=time.perf_counter() - began,
-                peak_memory_bytes=peak_memory_bytes(self.body.device),
+                peak_memory_bytes=peak_bytes(self.body.device),
                 measures=means(metrics, step),
                 skipped=not finite,
             )
