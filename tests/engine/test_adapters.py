@@ -298,6 +298,7 @@ def test_another_adapter_of_the_same_name_or_place_is_never_answered_by_the_old_
 
 
 def test_where_memory_is_short_no_second_copy_of_the_weights_is_made(merging: None) -> None:
-    packed = body.PackedBody(build("llama"), pack_numbers, 20_000)
+    call = {"scaling": 0.35, "sliding_window": None, "softcap": None}
+    packed = body.PackedBody(build("llama"), pack_numbers, 20_000, dict.fromkeys(range(4), call))
     packed._merge_where_it_pays("a", 10_000)
     assert packed.tables.merged is None

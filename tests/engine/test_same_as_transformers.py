@@ -25,9 +25,10 @@ def prompts() -> list[list[int]]:
     return [some(1), some(5), some(21), *behind, behind[-1][:55], behind[3], block]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_and_logprobs_are_those_of_transformers(family: str) -> None:
-    engine = tiny_engine(family)
+def test_greedy_answers_and_logprobs_are_those_of_transformers(family: str, packed: bool) -> None:
+    engine = tiny_engine(family, packed=packed)
     answers = engine.generate([Request(prompt_ids=p, max_tokens=12, logprobs=True) for p in prompts()])
     for prompt, answer in zip(prompts(), answers, strict=True):
         ids, logprobs = greedy(rival(family), prompt, 12)

@@ -24,6 +24,7 @@ from tunesmith.cpu.writing import (
     INT,
     LONG,
     NUMBER,
+    WATCHED,
     Function,
     Processor,
     at,
@@ -132,6 +133,7 @@ def attend(
     steps = array(INTEGERS)
     for store in keys:
         steps.extend((NUMBER * store.stride(0) if store.dim() == 4 else 0, NUMBER * store.stride(-3)))
+    WATCHED.keep(tables, steps)
     _compiled(on, dim, heads // kv_heads)(
         threads_for(pieces.tokens * kv_heads * dim),
         query.data_ptr(),

@@ -197,6 +197,20 @@ def once(make: Callable[[*Given], T]) -> Callable[[*Given], T]:
     return ask
 
 
+class Watched(threading.local):
+    """What notes the kernels that this thread calls: a cpu.tape.Tape."""
+
+    tape: Any = None
+
+    def keep(self, *objects: object) -> None:
+        """Let what kernels are given the address of, other than tensors, live as long as the tape."""
+        if self.tape is not None:
+            self.tape.kept.extend(objects)
+
+
+WATCHED = Watched()
+
+
 def compiled(module: ir.Module, name: str) -> Callable[..., None]:
     """The function of that name, taking addresses and sizes as integers, which are not checked."""
     for each in THREADS:
@@ -217,7 +231,15 @@ def compiled(module: ir.Module, name: str) -> Callable[..., None]:
     engine.finalize_object()
     _ENGINES.append(engine)
     arguments = len(next(f for f in module.functions if f.name == name).args)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(engine.get_function_address(name))
+    address = engine.get_function_address(name)
+    kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(address)
+
+    def call(*arguments: int) -> None:
+        if WATCHED.tape is not None:
+            WATCHED.tape.note(address, arguments)
+        kernel(*arguments)
+
+    return call
 
 
 _ENGINES: list[Any] = []  # what was compiled lives as long as the process

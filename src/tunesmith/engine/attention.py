@@ -11,7 +11,7 @@ identity, Dao et al. 2022, arXiv:2205.14135), so nothing is copied or padded but
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,7 +59,7 @@ class CacheContext:
     below: Sequence[Below]
     _masks: dict[tuple[object, int | None], Tensor | None] = field(default_factory=dict)
     _sights: dict[tuple[object, int | None], Sight] = field(default_factory=dict)
-    _pieces: dict[int | None, Pieces] = field(default_factory=dict)
+    pieces: dict[int | None, Pieces] = field(default_factory=dict)  # of the windows that were asked for
     _places: Places | None = None
 
     def __post_init__(self) -> None:
@@ -123,10 +123,8 @@ class CacheContext:
         """key, value [kv_heads, tokens, dim] into the slots and stores."""
         kv = self.slots.kv
         if self.decoding and alone:
-            if self._places is None:
-                self._places = Places(self.slot_index.tolist(), self.offsets.tolist())
             rows = slice(self.decoding)
-            cache(key[:, rows], value[:, rows], kv.keys[layer], kv.values[layer], self._places)
+            cache(key[:, rows], value[:, rows], kv.keys[layer], kv.values[layer], self.places_alone())
         elif self.decoding:
             where = (self.slot_index, slice(None), self.offsets)
             kv.keys[layer][where] = key[:, : self.decoding].transpose(0, 1)
@@ -140,14 +138,36 @@ class CacheContext:
         self, layer: int, query: Tensor, scaling: float, window: int | None, out: Tensor, lse: Tensor
     ) -> None:
         """query [heads, decoding, dim]; fills the first rows of out and lse."""
-        if window not in self._pieces:
-            self._pieces[window] = self._look_alone(window)
-        stores = [self.slots.kv, *(node.kv for node, _ in self.own_nodes)]
-        keys, values = [kv.keys[layer] for kv in stores], [kv.values[layer] for kv in stores]
-        attend(query, keys, values, self._pieces[window], scaling, out[: self.decoding], lse[: self.decoding])
+        keys, values = [kv.keys[layer] for kv in self.stores], [kv.values[layer] for kv in self.stores]
+        attend(query, keys, values, self.pieces_alone(window), scaling, out[: self.decoding], lse[: self.decoding])
+
+    @property
+    def stores(self) -> list[KeyValues]:
+        """What decoding rows read alone: the slots, and nodes."""
+        return [self.slots.kv, *(node.kv for node, _ in self.own_nodes)]
+
+    def places_alone(self) -> Places:
+        """Where the decoding rows' keys and values go."""
+        if self._places is None:
+            self._places = Places(self.slot_index.tolist(), self.offsets.tolist())
+        return self._places
+
+    def pieces_alone(self, window: int | None) -> Pieces:
+        """What each decoding row looks at: its slot up to itself, then nodes that it reads alone."""
+        if window not in self.pieces:
+            self.pieces[window] = self._look_alone(window)
+        return self.pieces[window]
+
+    def likeness(self, windows: set[int | None]) -> Hashable:
+        """What steps have in common whose decoding rows alone read the same memory, if other lengths of it; None where
+        other rows take part, or other rows' parts."""
+        if not self.decoding or self.spans or self.shared_nodes:
+            return None
+        nodes = tuple((id(node.kv), *rows) for node, rows in self.own_nodes)
+        looks = [self.pieces_alone(window) for window in windows]
+        return self.slots.version, nodes, *((*each.starts, each.tokens.bit_length()) for each in looks)
 
     def _look_alone(self, window: int | None) -> Pieces:
-        """What each decoding row looks at: its slot up to itself, then nodes that it reads alone."""
         rows: list[list[Piece]] = []
         for slot, offset in zip(self.slot_index.tolist(), self.offsets.tolist(), strict=True):
             rows.append([Piece(0, 0 if window is None else max(0, offset + 1 - window), offset + 1, slot)])

@@ -31,7 +31,7 @@ class LayerShape:
     value_dim: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class KeyValues:
     """Keys and values of a run of tokens, by layer: [kv_heads, tokens, dim], or [slots, kv_heads, tokens, dim]."""
 
@@ -214,6 +214,7 @@ class Slots:
     def __init__(self, spec: KvSpec) -> None:
         self.spec = spec
         self.count = self.room = 0  # slots; tokens in each
+        self.version = 0  # another after each resize, which moves everything
         self.kv = spec.empty(0, 0)
 
     @property
@@ -233,7 +234,7 @@ class Slots:
                 fresh = before.new_zeros(count, before.shape[1], room, before.shape[3])
                 fresh[:slots, :, :tokens] = before[:slots, :, :tokens]
                 tensors[layer] = fresh  # one layer at a time: the old one is freed before the next is made
-        self.count, self.room = count, room
+        self.count, self.room, self.version = count, room, self.version + 1
 
     def slot(self, index: int) -> KeyValues:
         """One slot's keys and values, views."""

@@ -227,6 +227,7 @@ class AdapterTables:
         self.places: dict[str, Place] = {}
         self.merged: str | None = None  # the adapter that the projections have in their weights as well
         self.limit = limit
+        self.version = 0  # another after every change
         self._room = 0
 
     def bytes_for(self, rank: int) -> int:
@@ -244,10 +245,12 @@ class AdapterTables:
         for projection in self._projections:
             projection.put(name, place)
         self.places[name] = place
+        self.version += 1
 
     def drop(self, name: str) -> None:
         """Forget an adapter; its place is given to the next that fits."""
         self._unmerge(name)
+        self.version += 1
         if self.places.pop(name, None) is not None:
             for projection in self._projections:
                 projection.drop(name)
@@ -258,6 +261,7 @@ class AdapterTables:
             projection.unmerge()  # its memory is the next one's
             projection.merge(name, self.places[name])
         self.merged = name
+        self.version += 1
 
     def _unmerge(self, name: str) -> None:
         if self.merged == name:

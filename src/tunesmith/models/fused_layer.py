@@ -91,12 +91,12 @@ class Geometry:
 
     def by_head(self, x: Tensor) -> Tensor:
         """[rows, heads * dim] -> [rows, heads, dim], a view."""
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, q + k + v] -> q, k, v by head; views."""
-        q, k, v = qkv.split((self.q, self.k, self.k), dim=-1)
-        return self.by_head(q), self.by_head(k), self.by_head(v)
+        q, k, v = slice(self.q), slice(self.q, self.q + self.k), slice(self.q + self.k, None)
+        return self.by_head(qkv[:, q]), self.by_head(qkv[:, k]), self.by_head(qkv[:, v])
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class FusedLayer:
     def forward(self, here: Pass, kept: Kept, x_next: Tensor, rows: Tensor | None = None) -> None:
         """Fills `kept`, whose x is given, and x_next; with `rows` [tail rows] only those, in that order."""
         geometry, work = self.geometry, here.work
+        for stack in self.stacks:
+            stack.lay_out_adapter()
         qkv = self.qkv.opened(work.named("qkv weight"))
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)

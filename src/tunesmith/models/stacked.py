@@ -82,10 +82,8 @@ class Stack:
 
     def opened(self, scratch: Callable[[int, int], Tensor]) -> Stack:
         """The stack as it is computed with. Quantised weights are dequantised into `scratch(out, in)`, once for all
-        slices of rows; such a stack holds until the next one takes the same memory. Beside panels the adapter is laid
-        out as it is now. Safe in several threads, which write the same numbers."""
+        slices of rows; such a stack holds until the next one takes the same memory."""
         if not self.quantised:
-            self._lay_out_adapter()
             return self
         assert len(self.quantised) == len(self.members), "a base is quantised whole"
         stack = copy(self)
@@ -97,7 +95,9 @@ class Stack:
         found = [member.adapter.a.detach() for member in self.members if member.adapter is not None]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _lay_out_adapter(self) -> None:
+    def lay_out_adapter(self) -> None:
+        """Beside panels, as it is now: before a forward pass, whose backward uses it too. Safe in several threads: they
+        write the same numbers."""
         if not isinstance(self._whole, Panels):
             return
         for member in self.members:
@@ -146,8 +146,8 @@ class Stack:
         g = dy.new_empty(len(dy), self.rank)
         for member in self.members:
             if member.adapter is not None:
-                torch.mm(dy[:, member.out], member.adapter.b.detach(), out=g[:, member.ranks])
-                g[:, member.ranks] *= member.adapter.scaling
+                into, scaling = g[:, member.ranks], member.adapter.scaling
+                torch.addmm(into, dy[:, member.out], member.adapter.b.detach(), beta=0, alpha=scaling, out=into)
         return g
 
 
