@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -63,7 +64,9 @@ def fit(
     if parallel.is_first():
         _note_start(ready, trainable, plan, run, state, reporter, resume=resume)
     show_first(ready, reporter)
+    began = time.perf_counter()
     method, steps, sample = _annotated(ready, trainable, run, reporter)
+    before = time.perf_counter() - began if method.annotate is not None else 0.0
     settings = ready.recipe.train
     if parallel.is_first():
         _keep_metrics(run, state.progress.step if state else 0)
@@ -99,7 +102,7 @@ def fit(
         )
     _keep_best(settings, run, result.progress, trainable, reporter)
     if parallel.is_first():
-        record_actual(run, plan)
+        record_actual(run, plan, before)
     _publish(run, trainable, accept)
 
 
@@ -123,12 +126,13 @@ def _note_start(
     write_json(run.plan, plan.to_json())
 
 
-def plan_run(ready: Prepared, trainable: Trainable) -> Plan:
-    """What training will take, measured on this machine for a few seconds."""
+def plan_run(ready: Prepared, trainable: Trainable, beside: int = 0) -> Plan:
+    """What training will take, measured on this machine for a few seconds. `beside`: see `estimate`."""
     method = method_of(ready.recipe.objective)
     steps = step_plan(ready, trainable.layout, ready.train.examples)
     limit = trainable.memory_limit
-    found = estimate(trainable.body, trainable.parameters, steps, method.loss, method.annotate, limit=limit)
+    what = trainable.body, trainable.parameters, steps, method.loss, method.annotate
+    found = estimate(*what, limit=limit, beside=beside, held_out=_eval_sample(ready))
     return Plan(found, price_per_hour=ready.recipe.runtime.price_per_hour)
 
 

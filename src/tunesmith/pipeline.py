@@ -39,7 +39,7 @@ from tunesmith.parity_facts import Parity
 from tunesmith.planning import Plan
 from tunesmith.preparation import Prepared, prepare, read_and_split, renderer_on_disk
 from tunesmith.progress import Reporter
-from tunesmith.proof import earlier, held_out_scorer, prove_run, recipe_to_prove
+from tunesmith.proof import earlier, held_out_scorer, prove_run, recipe_to_prove, scoring_bytes
 from tunesmith.prove.card import write_card
 from tunesmith.prove.compare import Comparison, compare_reports
 from tunesmith.prove.compare_page import render_comparison
@@ -110,7 +110,7 @@ def plan(
     with parallel.team(pick_device(recipe.runtime.device)):
         ready, _ = _prepare(recipe, reporter)
         trainable = make_trainable(ready, reporter)
-        planned = planned or plan_run(ready, trainable)
+        planned = planned or plan_run(ready, trainable, scoring_bytes(ready, trainable.body))
         if not data_need or not planned.fits:
             return planned
         reporter.say(planned.sentence())
@@ -142,7 +142,7 @@ def _train(recipe: Recipe, place: Path, before: Started | None, resume: bool, re
     """In this process, which may be one of several."""
     ready, report = _prepare(recipe, reporter, Run(place), before.threads if before else None)
     trainable = make_trainable(ready, reporter, before)
-    planned = plan_run(ready, trainable)
+    planned = plan_run(ready, trainable, scoring_bytes(ready, trainable.body))
     reporter.say(planned.sentence())
     if not planned.fits:
         raise RefusedError(planned.refusal(), gate="plan")

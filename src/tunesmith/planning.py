@@ -69,10 +69,10 @@ class Plan:
         return "\n".join([*said, *(self.need.sentences() if self.need is not None else ())])
 
 
-def record_actual(run: Run, plan: Plan) -> None:
-    """Add what the run took, summed over its steps, to plan.json."""
+def record_actual(run: Run, plan: Plan, before: float = 0.0) -> None:
+    """Add what the run took to plan.json: summed over its steps, and `before` seconds of what a loss compares with."""
     steps = [row for row in read_metrics(run) if "loss" in row]
-    seconds = _total(steps, "seconds")
+    seconds = before + _total(steps, "seconds")
     actual = {
         "steps": len(steps),
         "tokens": _total(steps, "tokens"),

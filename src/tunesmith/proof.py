@@ -30,7 +30,9 @@ from tunesmith.prove.task import detect_task
 from tunesmith.recipe import Base, Recipe
 from tunesmith.store.runs import Located, Run, locate, read_json, read_metrics
 from tunesmith.teaching import teaching_seconds, with_lessons
+from tunesmith.train.bodies import FusedBody
 from tunesmith.train.estimate import answering_limit
+from tunesmith.train.forward import Body
 from tunesmith.types import Example, Item
 
 TASK_ROWS = 20_000  # rows of a side by which the task is told during training
@@ -95,6 +97,13 @@ def held_out_scorer(ready: Prepared, lora: LoraModel, adapter: str | None) -> Sa
         _main_scorer(ready)  # a scorer that there isn't is said before the training, not after
         return None
     return sample_scorer(ready, lora, adapter, SAMPLE)
+
+
+def scoring_bytes(ready: Prepared, body: Body) -> int:
+    """What `held_out_scorer` holds while a run trains: keys, values, and its own layout of the weights."""
+    if ready.recipe.train.eval_every == 0 or body.sharded or _main_scorer(ready) is None:
+        return 0
+    return SAMPLE_MEMORY + (body.packed_bytes if isinstance(body, FusedBody) and not body.dequantised_bytes else 0)
 
 
 def sample_scorer(ready: Prepared, lora: LoraModel, adapter: str | None, rows: int) -> SampleScorer | None:

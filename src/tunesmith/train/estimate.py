@@ -159,24 +159,30 @@ def estimate(
     annotate: Annotate | None = None,
     *,
     limit: int,
+    beside: int = 0,
+    held_out: Sequence[TokenizedExample] = (),
 ) -> Estimate:
     """Count the run's tokens and try a piece of its first step. `steps` is laid out under `limit` already.
 
-    `annotate`: what goes once over every row that will be seen, before training.
+    annotate  what goes once over every row that will be seen, and those of `held_out`, before training
+    beside    bytes that are held while it trains by what else there is then
     """
     sampled = _sampled(steps)
     times = len(steps) / len(sampled)
     computed = sum(step.computed_tokens for step in sampled) * times
     trial = _try(body, parameters, sampled[0], steps.layout, loss, annotate)
     epochs = len(steps) * steps.batch_examples * steps.layout.together / len(steps.examples)
+    together, share = steps.layout.together, steps.layout.share
+    noted = (held_out[i : i + together] for i in range(0, len(held_out), together))
+    once = computed / max(1.0, epochs) + sum(build_tree(rows, share=share).tokens for rows in noted)
     each = bytes_per_token(body, steps.examples)
-    peak = trial.peak_bytes + ADAMW_MOMENTS * _trained_bytes(parameters) + (_held(sampled) - trial.held) * each
+    peak = trial.peak_bytes + ADAMW_MOMENTS * _trained_bytes(parameters) + (_held(sampled) - trial.held) * each + beside
     return Estimate(
         steps=len(steps),
         tokens=round(sum(step.tokens for step in sampled) * times),
         computed_tokens=round(computed),
         supervised_tokens=round(sum(step.supervised_tokens for step in sampled) * times),
-        seconds=computed * (trial.step_rate + trial.once_rate / max(1.0, epochs)),
+        seconds=computed * trial.step_rate + once * trial.once_rate,
         peak_bytes=peak,
         bytes_per_token=each,
         token_budget=steps.layout.token_budget,
