@@ -45,7 +45,7 @@ def conversation(family: str, adapters: str) -> list[tuple[list[int], list[float
         put(lora, name, rank=4, targets="all-linear", seed=ord(name))
     engine = engine_over(lora, packed=True)
     answers = ask(engine, [5, 6, 7], tokens=150) + ask(engine, LONG, [*LONG, 3], [*LONG, 4, 5]) + ask(engine, [9, 8])
-    for name in adapters:
+    for name in adapters * 3:
         answers += ask(engine, [5, 6, 7], [7, 6], adapter=name) + ask(engine, [5, 6, 7])
     if adapters:
         engine.remove_adapter(adapters[0])
@@ -60,6 +60,19 @@ def test_it_gives_the_same_bits(family: str, adapters: str, played: list[int], m
     assert len(played) > 50
     monkeypatch.setattr(body, "MOST_ROWS", 0)
     assert found == conversation(family, adapters)
+
+
+def test_tapes_keep_the_tables_of_adapters_they_read() -> None:
+    """What a step's adapters are is noted in tensors of its own, which the next step's replace."""
+    lora = wrap(build("llama"))
+    for name in "ab":
+        put(lora, name, rank=4, targets="all-linear", seed=ord(name))
+    engine = engine_over(lora, packed=True)
+    first = [ask(engine, [5, 6], [7, 6], adapter=name, tokens=20)[0].ids for name in "ab"]
+    noise = []
+    for _ in range(4):
+        noise += [torch.full((n,), 2**40) for n in range(1, 40)]  # where those tensors were, if they are gone
+        assert [ask(engine, [5, 6], [7, 6], adapter=name, tokens=20)[0].ids for name in "ab"] == first
 
 
 def test_tapes_keep_no_keys_and_values_from_eviction(played: list[int]) -> None:

@@ -158,6 +158,16 @@ def test_packing_takes_what_it_says_and_only_where_there_is_memory():
         assert (fused.head.panels is not None) is packed
 
 
+def test_at_rest_a_body_keeps_nothing_for_the_next_pass():
+    model = make_decoder("llama", torch.float32)
+    lora = adapted(model)
+    fused = make_body(model, lora, "a")
+    accumulate(fused, make_step(0, 1.0, ROWS, Layout(1000)), sft)
+    assert fused.decoder.slabs.free
+    fused.rest()
+    assert not fused.decoder.slabs.free
+
+
 def test_a_row_longer_than_is_computed_at_a_time_is_not_said_to_be_too_large(monkeypatch):
     model = make_decoder("llama", torch.float32)
     lora = adapted(model)

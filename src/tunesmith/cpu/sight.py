@@ -13,7 +13,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.integer[Any]]
 ROWS = 48  # of a block: a multiple of every processor's tile
 PIECE = 256  # keys whose scores exist at a time
-NEVER, ALWAYS = np.iinfo(np.int32).max, np.iinfo(np.int32).max
+NEVER = ALWAYS = int(np.iinfo(np.int32).max)  # where a key begins that no row sees; where one ends that all may see
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,8 @@ class Replays:
         if known is True:
             with watching() as tape:
                 through(*inputs, context)
-            self._known[key] = tape.sound and self._recorded(tape, inputs, context)
+            tape.kept.append(through)  # and with it the tables of its adapters
+            self._known[key] = tape.sound and _recorded(tape, inputs, context)
             return x.clone()
         self._known[key] = known
         if known.proven:
@@ -81,6 +82,7 @@ class Replays:
             self._known[key] = False
         return expected
 
-    def _recorded(self, tape: Tape, inputs: tuple[Tensor, Tensor, Tensor], context: CacheContext) -> _Recorded:
-        stores = [weakref.ref(store) for store in context.stores]
-        return _Recorded(tape, inputs, context.places_alone(), dict(context.pieces), stores)
+
+def _recorded(tape: Tape, inputs: tuple[Tensor, Tensor, Tensor], context: CacheContext) -> _Recorded:
+    stores = [weakref.ref(store) for store in context.stores]
+    return _Recorded(tape, inputs, context.places_alone(), dict(context.pieces), stores)
