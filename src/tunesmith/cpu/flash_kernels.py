@@ -67,7 +67,7 @@ class Blocks:
         self.line, self.size = on.columns * NUMBER, dim * NUMBER  # bytes of a tile's row, of a head
         self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
 
-    def begin(self, kinds: list[ir.Type]) -> tuple[list[Any], Any, Any]:
+    def begin(self, kinds: list[ir.Type]) -> tuple[Any, Any, Any]:
         """The function of a thread: its arguments but those of SIGHT and SIZES, its number, and how many there are."""
         self.f = f = Function(self.module, "share", [LONG, LONG, *kinds, *SIGHT, *SIZES])
         self.b, self.v = f.builder, Lanes(f, self.on.width)

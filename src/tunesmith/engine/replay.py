@@ -8,7 +8,7 @@ where both give the same bits the rest are played.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from tunesmith.cpu.attention import Pieces, Places
 from tunesmith.cpu.tape import Tape, watching
 from tunesmith.engine.attention import CacheContext
+from tunesmith.engine.cache import KeyValues
 
 MOST_ROWS = 8  # beyond that the kernels take most of a step
 MOST_TAPES = 8  # some megabytes each
@@ -30,7 +31,9 @@ class _Recorded:
     inputs: tuple[Tensor, Tensor, Tensor]
     places: Places
     pieces: dict[int | None, Pieces]
-    stores: list[weakref.ref[object]]  # what holds the keys and values it reads, which it must not keep from eviction
+    stores: Sequence[
+        weakref.ref[KeyValues]
+    ]  # what holds the keys and values it reads, which it must not keep from eviction
     proven: bool = False
 
     def reads(self, context: CacheContext) -> bool:
