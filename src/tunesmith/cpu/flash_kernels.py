@@ -77,7 +77,7 @@ class Blocks:
         self.scale = self.b.bitcast(self.b.trunc(bits, INT), FLOAT)
         columns = self.on.columns
         self.panels = self.b.sdiv(self.b.add(self.keys, long(columns - 1)), long(columns))
-        return own, *f.arguments[:2]
+        return own, f.arguments[0], f.arguments[1]
 
     def _tile(self, rows: int) -> ir.Function:
         """y = x w + added: x [rows, inner], with steps from row to row and along one; w a panel; added is y or none."""
