@@ -234,3 +234,18 @@ def test_a_client_that_stops_reading_a_stream_leaves_the_others_as_they_were() -
     stream.close()
     assert engine._core.idle
     assert engine.generate([Request(prompt_ids=[6], max_tokens=5)])[0].ids == greedy(rival("llama"), [6], 5)[0]
+
+
+def test_nothing_cached_is_evicted_to_make_slots_roomier_than_they_need_be() -> None:
+    engine = tiny_engine()
+    engine.generate([Request(prompt_ids=[*range(5, 60), n], max_tokens=2) for n in (3, 4)])
+    it = engine._core.scheduler
+    it.slots.resize(2, 192)
+    cached = it.tree.bytes
+    assert cached
+    it.memory_limit = it.slots.bytes_for(2, 256) + cached
+    assert it._reserve_to_grow(2, 256, 0)
+    assert (it.slots.room, it.tree.bytes) == (256, cached)
+    it.memory_limit *= 10
+    assert it._reserve_to_grow(2, 320, 0)
+    assert it.slots.room > 320

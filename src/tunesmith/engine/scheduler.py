@@ -253,14 +253,20 @@ class Scheduler:
         return True
 
     def _reserve_to_grow(self, slots: int, room: int, fresh: int) -> bool:
-        """The same as `_reserve`, with more room where slots must grow and memory allows it."""
-        ample = room if room <= self.slots.room else max(room, _rounded(self.slots.room * GROWTH))
-        return any(self._reserve(slots, each, fresh) for each in dict.fromkeys((ample, room)))
+        """The same as `_reserve`, with more room where slots must grow and nothing need be evicted for it."""
+        if room > self.slots.room:
+            ample = max(room, _rounded(self.slots.room * GROWTH))
+            room = ample if self._over(slots, ample, fresh) <= 0 else room
+        return self._reserve(slots, room, fresh)
+
+    def _over(self, slots: int, room: int, fresh: int) -> int:
+        """Bytes beyond the memory limit that would be held then; negative where some are left."""
+        wanted = self.slots.bytes_for(slots, room) + self.tree.bytes + fresh * self.tree.spec.bytes_per_token
+        return wanted - self.memory_limit
 
     def _reserve(self, slots: int, room: int, fresh: int) -> bool:
         """Resize the slots if memory allows, after evicting from the tree what nobody uses."""
-        wanted = self.slots.bytes_for(slots, room) + self.tree.bytes + fresh * self.tree.spec.bytes_per_token
-        over = wanted - self.memory_limit
+        over = self._over(slots, room, fresh)
         if over > 0 and self.tree.make_room(over) < over:
             return False
         if (slots, room) != (self.slots.count, self.slots.room):
