@@ -132,7 +132,8 @@ def plan_run(ready: Prepared, trainable: Trainable, beside: int = 0) -> Plan:
     steps = step_plan(ready, trainable.layout, ready.train.examples)
     limit = trainable.memory_limit
     what = trainable.body, trainable.parameters, steps, method.loss, method.annotate
-    found = estimate(*what, limit=limit, beside=beside, held_out=_eval_sample(ready))
+    noted = [] if method.annotate is None else _eval_sample(ready)
+    found = estimate(*what, limit=limit, beside=beside, held_out=noted)
     return Plan(found, price_per_hour=ready.recipe.runtime.price_per_hour)
 
 

@@ -22,6 +22,14 @@ def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> writi
     return request.param
 
 
+@pytest.fixture
+def kernels(on: writing.Processor | None) -> writing.Processor:
+    """The processor, where there are kernels for it."""
+    if on is None:
+        pytest.skip("no kernels")
+    return on
+
+
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

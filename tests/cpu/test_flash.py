@@ -57,15 +57,13 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: See
 @pytest.mark.parametrize("what", SEEN)
 @pytest.mark.parametrize(("kv_heads", "group", "dim"), [(1, 1, 32), (2, 3, 64)])
 def test_it_is_softmax_over_what_is_seen_and_its_derivative(
-    on: Processor | None, threads: int, what: str, kv_heads: int, group: int, dim: int
+    kernels: Processor, threads: int, what: str, kv_heads: int, group: int, dim: int
 ) -> None:
-    if on is None:
-        pytest.skip("no kernels")
     seen, heads = SEEN[what], kv_heads * group
     rows, keys = len(seen.order), len(seen.begins)
     qkv = torch.randn(max(rows, keys), heads + 2 * kv_heads, dim)  # as a decoder has them, side by side
     query, key, value = qkv[:rows, :heads], qkv[:keys, heads : heads + kv_heads], qkv[:keys, heads + kv_heads :]
-    sight, d_out = Sight(seen, on.columns), torch.randn(rows, heads, dim)
+    sight, d_out = Sight(seen, kernels.columns), torch.randn(rows, heads, dim)
     out = torch.empty(rows, heads, dim)
     lse = flash.forward(query, key, value, sight, 0.2, out)
     exact = [each.double().requires_grad_() for each in (query, key, value)]
@@ -81,20 +79,16 @@ def test_it_is_softmax_over_what_is_seen_and_its_derivative(
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5 * max(1.0, float(wanted.abs().max())))
 
 
-def test_what_nobody_sees_is_not_computed(on: Processor | None) -> None:
-    if on is None:
-        pytest.skip("no kernels")
-    sight = Sight(branches(0, *[ROWS] * 20), on.columns)
-    assert sum(sight.table[1::3]) <= 20 * (ROWS + on.columns)
+def test_what_nobody_sees_is_not_computed(kernels: Processor) -> None:
+    sight = Sight(branches(0, *[ROWS] * 20), kernels.columns)
+    assert sum(sight.table[1::3]) <= 20 * (ROWS + kernels.columns)
     assert sight.starts[-1] <= 2 * 20
 
 
-def test_what_cannot_be_seen_adds_nothing_however_large_it_is(on: Processor | None) -> None:
-    if on is None:
-        pytest.skip("no kernels")
+def test_what_cannot_be_seen_adds_nothing_however_large_it_is(kernels: Processor) -> None:
     seen = branches(5, 20, 20)
     query, key, value = (torch.randn(45, 1, 32) for _ in range(3))
     key[25:], value[25:] = 1e30, 1e30
     out = torch.empty(45, 1, 32)
-    flash.forward(query, key, value, Sight(seen, on.columns), 0.2, out)
+    flash.forward(query, key, value, Sight(seen, kernels.columns), 0.2, out)
     torch.testing.assert_close(out[:25], dense(query[:25], key[:25], value[:25], branches(5, 20), 0.2))

@@ -11,9 +11,7 @@ from tunesmith.cpu.writing import Processor
 
 
 @pytest.mark.parametrize(("kv_heads", "group", "dim"), [(1, 1, 16), (3, 3, 64), (2, 4, 160)])
-def test_it_is_softmax_over_all_pieces(on: Processor | None, threads: int, kv_heads: int, group: int, dim: int) -> None:
-    if on is None:
-        pytest.skip("no kernels")
+def test_it_is_softmax_over_all_pieces(kernels: Processor, threads: int, kv_heads: int, group: int, dim: int) -> None:
     stores = [(torch.randn(4, kv_heads, 50, dim), torch.randn(4, kv_heads, 50, dim))]  # slots
     stores += [(torch.randn(kv_heads, n, dim), torch.randn(kv_heads, n, dim)) for n in (100, 33)]
     rows = [
@@ -39,9 +37,7 @@ def test_it_is_softmax_over_all_pieces(on: Processor | None, threads: int, kv_he
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_keys_and_values_go_to_their_places_and_nowhere_else(on: Processor | None) -> None:
-    if on is None:
-        pytest.skip("no kernels")
+def test_keys_and_values_go_to_their_places_and_nowhere_else(kernels: Processor) -> None:
     keys, values = torch.zeros(3, 2, 9, 20), torch.zeros(3, 2, 9, 20)
     key, value = torch.randn(4, 5, 20).transpose(0, 1)[:2], torch.randn(2, 4, 20)
     slots, tokens = [2, 0, 2, 1], [8, 0, 3, 5]

@@ -21,6 +21,7 @@ from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
 from tunesmith.models.merge import merge
 from tunesmith.models.peft_format import save_adapter
 from tunesmith.recipe import Adapter as Section
+from tunesmith.tree.body import LayerAttention
 
 ENDS = ("embed_tokens", "lm_head")
 # name, rank, targets, kind: a mix of everything
@@ -298,7 +299,8 @@ def test_another_adapter_of_the_same_name_or_place_is_never_answered_by_the_old_
 
 
 def test_where_memory_is_short_no_second_copy_of_the_weights_is_made(merging: None) -> None:
-    call = {"scaling": 0.35, "sliding_window": None, "softcap": None}
-    packed = body.PackedBody(build("llama"), pack_numbers, 20_000, dict.fromkeys(range(4), call))
+    packed = body.PackedBody(
+        build("llama"), pack_numbers, 20_000, dict.fromkeys(range(4), LayerAttention(0.35, None, None))
+    )
     packed._merge_where_it_pays("a", 10_000)
     assert packed.tables.merged is None

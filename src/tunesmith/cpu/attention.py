@@ -17,11 +17,10 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from tunesmith.cpu.lanes import Lanes, along, sum_along
+from tunesmith.cpu.lanes import Lanes, along, exp, sum_along
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
-    INT,
     LONG,
     NUMBER,
     WATCHED,
@@ -31,14 +30,17 @@ from tunesmith.cpu.writing import (
     bits_of,
     compiled,
     declare,
+    given_number,
     in_threads,
     integer_at,
     long,
     new_module,
+    number_at,
     once,
     processor,
     scratch,
     share_of,
+    smaller,
     threads_for,
 )
 
@@ -167,7 +169,7 @@ class Writer:
         thread, threads, query, row_step, head_step, out, lse, table, starts, keys, values, steps = f.arguments[:12]
         rows, kv_heads, bits = f.arguments[12:]
         b = self.b
-        self.scale = b.bitcast(b.trunc(bits, INT), FLOAT)
+        self.scale = given_number(b, bits)
         self.scores = [scratch(b, BLOCK * NUMBER) for _ in range(group)]
         self.sums = [scratch(b, dim * NUMBER) for _ in range(group)]
         pairs = b.mul(rows, kv_heads)
@@ -199,8 +201,7 @@ class Writer:
     def block(self, queries: Any, k: Any, v: Any, done: Any, count: Any, state: list[Any]) -> list[Any]:
         """Up to BLOCK keys more: state is each head's largest score, then each head's sum of exponentials."""
         b, f, group, step = self.b, self.f, self.group, long(self.dim * NUMBER)
-        left = b.sub(count, done)
-        size = b.select(b.icmp_signed("<", left, long(BLOCK)), left, long(BLOCK))
+        size = smaller(b, b.sub(count, done), long(BLOCK))
         k, v = (at(b, a, b.mul(done, step)) for a in (k, v))
         with f.loop(long(0), size, 1, state[:group]) as (j, before, after):
             key = at(b, k, b.mul(j, step))
@@ -219,8 +220,7 @@ class Writer:
     def weigh(self, g: int, size: Any, v: Any, shrunk: Any, largest: Any, total: Any) -> Any:
         """Add a block's values to a head's sums; returns its sum of exponentials."""
         b, f, scores = self.b, self.f, self.scores[g]
-        one = Lanes(f, 1)
-        kept = b.extract_element(one.exp(one.everywhere(shrunk)), ir.Constant(INT, 0))
+        kept = exp(f, shrunk)
 
         def exponential(lanes: Lanes, i: Any, so_far: Any) -> Any:
             power = lanes.exp(b.fsub(lanes.load(scores, i), lanes.everywhere(largest)))
@@ -233,7 +233,7 @@ class Writer:
             places = range(start, min(start + width, self.dim), self.on.width)
             held = [b.fmul(self.v.load(self.sums[g], long(i)), self.v.everywhere(kept)) for i in places]
             with f.loop(long(0), size, 1, held) as (j, before, after):
-                weight = b.load(at(b, scores, b.mul(j, long(NUMBER))), typ=FLOAT, align=NUMBER)
+                weight = number_at(b, scores, j)
                 value = at(b, v, b.mul(j, long(self.dim * NUMBER)))
                 for n, i in enumerate(places):
                     after[n] = self.v.multiply_add(self.v.everywhere(weight), self.v.load(value, long(i)), before[n])

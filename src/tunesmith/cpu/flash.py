@@ -46,26 +46,17 @@ def forward(
     """query [rows, heads, dim]; key and value [keys, kv_heads, dim], of any strides; fills out [rows, heads, dim] and
     lse [rows, heads], the log-sum-exp of each row's scores, which is returned."""
     query, key, value = map(_lined_up, (query, key, value))
-    on, (rows, heads, dim), (keys, kv_heads, _) = _checked(query, key, value, sight)
-    lse = query.new_empty(rows, heads) if lse is None else lse
-    assert out.shape == query.shape
-    assert lse.shape == (rows, heads)
-    assert lse.is_contiguous()
-    assert _whole_rows(out)
+    lse = query.new_empty(query.shape[:2]) if lse is None else lse
+    on = _checked(query, key, value, out, lse, sight)
     panels = _turned(on, key), _split(on, value)
-    _forward(on, dim)(
-        threads_for(rows * heads * keys * dim),
+    _forward(on, query.shape[2])(
+        threads_for(query.numel() * len(key)),
         *_rows(query),
         *(each.data_ptr() for each in panels),
         out.data_ptr(),
         NUMBER * out.stride(0),
         lse.data_ptr(),
-        *_who_sees(sight),
-        rows,
-        heads,
-        heads // kv_heads,
-        keys,
-        bits_of(scaling),
+        *_sight_and_sizes(sight, query, key, scaling),
     )
     return lse
 
@@ -79,15 +70,13 @@ def backward(
 ) -> None:
     """Writes the gradients of query, key and value, shaped as these. `seen`: query, key, value, out and lse."""
     (query, key, value), (out, lse), d_out = map(_lined_up, seen[:3]), seen[3:], _lined_up(d_out)
-    on, (rows, heads, dim), (keys, kv_heads, _) = _checked(query, key, value, sight)
+    on, (_, heads, dim), (keys, kv_heads, _) = _checked(query, key, value, out, lse, sight), query.shape, key.shape
     d_query, d_key, d_value = grads
     assert d_query.stride(2) == 1
-    assert lse.is_contiguous()
-    assert _whole_rows(out)
     panels = _turned(on, key), _turned(on, value), _split(on, key)
     by_head = query.new_zeros(2, heads, keys, dim)
     _backward(on, dim)(
-        threads_for(rows * heads * keys * dim),
+        threads_for(query.numel() * keys),
         *_rows(query),
         *_rows(d_out),
         out.data_ptr(),
@@ -96,24 +85,23 @@ def backward(
         *(each.data_ptr() for each in panels),
         *_rows(d_query),
         *(each.data_ptr() for each in by_head),
-        *_who_sees(sight),
-        rows,
-        heads,
-        heads // kv_heads,
-        keys,
-        bits_of(scaling),
+        *_sight_and_sizes(sight, query, key, scaling),
     )
     for grad, found in zip((d_key, d_value), by_head, strict=True):
         grad.copy_(found.unflatten(0, (kv_heads, heads // kv_heads)).sum(1).transpose(0, 1))
 
 
-def _checked(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Processor, torch.Size, torch.Size]:
+def _checked(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, sight: Sight) -> Processor:
     on = processor()
     assert on is not None
     assert key.shape == value.shape
     assert query.shape[1] % key.shape[1] == 0
     assert (query.shape[0], key.shape[0]) == (sight.rows, sight.keys)
-    return on, query.shape, key.shape
+    assert out.shape == query.shape
+    assert out.stride()[1:] == (out.shape[2], 1)
+    assert lse.shape == query.shape[:2]
+    assert lse.is_contiguous()
+    return on
 
 
 def _lined_up(x: Tensor) -> Tensor:
@@ -121,19 +109,18 @@ def _lined_up(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _whole_rows(x: Tensor) -> bool:
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
-
-
 def _rows(x: Tensor) -> tuple[int, int, int]:
     """Where [rows, heads, dim] begins, and its steps in bytes."""
     return x.data_ptr(), NUMBER * x.stride(0), NUMBER * x.stride(1)
 
 
-def _who_sees(sight: Sight) -> list[int]:
+def _sight_and_sizes(sight: Sight, query: Tensor, key: Tensor, scaling: float) -> list[int]:
+    """The arguments that forward and backward end with."""
+    (rows, heads, _), (keys, kv_heads, _) = query.shape, key.shape
     arrays = sight.order, sight.places, sight.begins, sight.ends, sight.reach
     tables = [table.buffer_info()[0] for table in (sight.table, sight.starts)]
-    return [*(each.ctypes.data for each in arrays), *tables, len(sight.starts) - 1]
+    seen = [*(each.ctypes.data for each in arrays), *tables, len(sight.starts) - 1]
+    return [*seen, rows, heads, heads // kv_heads, keys, bits_of(scaling)]
 
 
 def _turned(on: Processor, x: Tensor) -> Tensor:

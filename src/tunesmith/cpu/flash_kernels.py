@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from tunesmith.cpu.lanes import Lanes, sum_along
+from tunesmith.cpu.lanes import Lanes, exp, sum_along
 from tunesmith.cpu.sight import PIECE, ROWS
 from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, turned, walk
 from tunesmith.cpu.writing import (
@@ -20,12 +20,16 @@ from tunesmith.cpu.writing import (
     Processor,
     at,
     declare,
+    given_number,
     in_threads,
     integer_at,
     long,
     new_module,
+    number_at,
+    parts_of,
     scratch,
     share_of,
+    smaller,
 )
 
 LINE = PIECE * NUMBER  # bytes of a row of scores
@@ -74,9 +78,7 @@ class Blocks:
         own, rest = f.arguments[2 : 2 + len(kinds)], f.arguments[2 + len(kinds) :]
         self.order, self.places, *self.key_bounds, self.table, self.starts, self.blocks = rest[: len(SIGHT)]
         self.rows, self.heads, self.group, self.keys, bits = rest[len(SIGHT) :]
-        self.scale = self.b.bitcast(self.b.trunc(bits, INT), FLOAT)
-        columns = self.on.columns
-        self.panels = self.b.sdiv(self.b.add(self.keys, long(columns - 1)), long(columns))
+        self.scale, self.panels = given_number(self.b, bits), parts_of(self.b, self.keys, self.on.columns)
         return own, f.arguments[0], f.arguments[1]
 
     def _tile(self, rows: int) -> ir.Function:
@@ -91,8 +93,8 @@ class Blocks:
 
     def multiply(self, x: tuple[Any, Any, Any], rows: Any, w: Matrix, inner: Any, y: Matrix, adds: Any) -> None:
         """y [rows, columns] = x w, or added to it: one panel's width. x: where, and its steps, as in `_tile`."""
-        f, b, most = self.f, self.b, self.on.rows
-        tiles = b.sdiv(b.add(rows, long(most - 1)), long(most))
+        f, b = self.f, self.b
+        tiles = parts_of(b, rows, self.on.rows)
         with f.loop(long(0), tiles) as (tile, _, _):
             row, end = share_of(b, rows, tile, tiles)
             arguments = [at(b, x[0], b.mul(row, x[1])), *x[1:], w.start, w.step, inner]
@@ -113,8 +115,7 @@ class Blocks:
         """x [rows, dim] with each of a run's keys (or values), which lie turned."""
         b = self.b
         start = at(b, panels, b.mul(run.key, long(self.size)))
-        count = b.sdiv(b.add(run.keys, long(self.on.columns - 1)), long(self.on.columns))
-        with self.f.loop(long(0), count) as (i, _, _):
+        with self.f.loop(long(0), parts_of(b, run.keys, self.on.columns)) as (i, _, _):
             w = Matrix(at(b, start, b.mul(i, long(self.dim * self.line))), long(self.line))
             y = Matrix(at(b, into, b.mul(i, long(self.line))), long(LINE))
             self.multiply((x.start, x.step, long(NUMBER)), rows, w, long(self.dim), y, NO)
@@ -130,7 +131,7 @@ class Blocks:
     def each_row(self, first: Any, count: Any, run: Run, work: Any) -> None:
         """work(row of the block, keys rounded up to vectors, sees) for each row; sees(i) tells of a vector's keys."""
         b = self.b
-        width = b.and_(b.add(run.keys, long(self.on.columns - 1)), long(-self.on.columns))
+        width = b.mul(parts_of(b, run.keys, self.on.columns), long(self.on.columns))
         begins, ends, reach = (at(b, each, b.mul(run.key, long(4))) for each in self.key_bounds)
 
         def rows(*, hides: bool) -> None:
@@ -159,23 +160,15 @@ class Blocks:
         """Its first row, and how many it has."""
         b = self.b
         first = b.mul(block, long(ROWS))
-        left = b.sub(self.rows, first)
-        return first, b.select(b.icmp_signed("<", left, long(ROWS)), left, long(ROWS))
+        return first, smaller(b, b.sub(self.rows, first), long(ROWS))
 
     def matrix(self, given: tuple[Any, Any, Any], row: Any, head: Any) -> Matrix:
         start, step, head_step = given
         b = self.b
         return Matrix(at(b, start, b.add(b.mul(row, step), b.mul(head, head_step))), step)
 
-    def number_at(self, numbers: Any, i: Any) -> Any:
-        return self.b.load(at(self.b, numbers, self.b.mul(i, long(NUMBER))), typ=FLOAT, align=NUMBER)
-
     def put(self, number: Any, numbers: Any, i: Any) -> None:
         self.b.store(number, at(self.b, numbers, self.b.mul(i, long(NUMBER))), align=NUMBER)
-
-    def exp(self, x: Any) -> Any:
-        one = Lanes(self.f, 1)
-        return self.b.extract_element(one.exp(one.everywhere(x)), ir.Constant(INT, 0))
 
 
 class Forward(Blocks):
@@ -220,7 +213,7 @@ class Forward(Blocks):
         """A row's scores become exponentials; what was summed before is made smaller where there is a larger score."""
         b, v, f = self.b, self.v, self.f
         s, scale = at(b, self.s, b.mul(row, long(LINE))), v.everywhere(self.scale)
-        before = self.number_at(self.largest, row)
+        before = number_at(b, self.largest, row)
         with f.loop(long(0), width, self.on.width, [v.everywhere(before)]) as (i, so_far, following):
             score = b.fmul(v.load(s, i), scale)
             if sees is not None:
@@ -236,9 +229,9 @@ class Forward(Blocks):
                 power = b.select(b.fcmp_ordered(">", score, v.number(LOWEST)), power, nothing)
             v.store(power, s, i)
             following[0] = b.fadd(so_far[0], power)
-        kept = self.exp(b.fsub(before, largest))
+        kept = exp(f, b.fsub(before, largest))
         self.put(largest, self.largest, row)
-        total = b.fmul(self.number_at(self.totals, row), kept)
+        total = b.fmul(number_at(b, self.totals, row), kept)
         self.put(b.fadd(total, v.total(so_far[0])), self.totals, row)
         sums = at(b, self.sums, b.mul(row, long(self.size)))
         for i in range(0, self.dim, self.on.width):
@@ -246,9 +239,9 @@ class Forward(Blocks):
 
     def finish(self, row: Any, place: Any, head: Any) -> None:
         b, v = self.b, self.v
-        total = self.number_at(self.totals, row)
+        total = number_at(b, self.totals, row)
         log = b.call(declare(self.module, "llvm.log.f32", [FLOAT], FLOAT), [total])
-        self.put(b.fadd(self.number_at(self.largest, row), log), self.lse, b.add(b.mul(place, self.heads), head))
+        self.put(b.fadd(number_at(b, self.largest, row), log), self.lse, b.add(b.mul(place, self.heads), head))
         factor = v.everywhere(b.fdiv(ir.Constant(FLOAT, 1.0), total))
         out = at(b, self.out, b.add(b.mul(place, self.out_step), b.mul(head, long(self.size))))
         sums = at(b, self.sums, b.mul(row, long(self.size)))
@@ -316,7 +309,7 @@ class Backward(Blocks):
         b, v = self.b, self.v
         s, t = (at(b, each, b.mul(row, long(LINE))) for each in (self.s, self.t))
         place = b.add(b.mul(b.add(first, row), self.heads), head)
-        lse, dot = v.everywhere(self.number_at(self.lse, place)), v.everywhere(self.number_at(self.dots, row))
+        lse, dot = v.everywhere(number_at(b, self.lse, place)), v.everywhere(number_at(b, self.dots, row))
         scale = v.everywhere(self.scale)
         with self.f.loop(long(0), width, self.on.width) as (i, _, _):
             power = v.exp(b.fsub(b.fmul(v.load(s, i), scale), lse))
@@ -332,7 +325,7 @@ def layout_kernel(on: Processor, dim: int, how: str) -> ir.Module:
     f = Function(module, "share", [LONG, LONG, *MATRIX, ADDRESS, LONG, LONG])
     b, v, columns, line = f.builder, Lanes(f, on.width), on.columns, on.columns * NUMBER
     thread, threads, x, step, head_step, out, keys, heads = f.arguments
-    panels = b.sdiv(b.add(keys, long(columns - 1)), long(columns))
+    panels = parts_of(b, keys, columns)
     first, last = share_of(b, b.mul(heads, panels), thread, threads)
     with f.loop(first, last) as (unit, _, _):
         head, panel = b.sdiv(unit, panels), b.srem(unit, panels)
@@ -341,16 +334,14 @@ def layout_kernel(on: Processor, dim: int, how: str) -> ir.Module:
         if how == "turned":
             target, end = at(b, out, b.mul(unit, long(dim * line))), b.sub(keys, long(1))
             for top in range(0, columns, on.width):
-                places = [b.add(key, long(top + i)) for i in range(on.width)]
-                places = [b.select(b.icmp_signed("<", place, end), place, end) for place in places]
+                places = [smaller(b, b.add(key, long(top + i)), end) for i in range(on.width)]
                 rows = [at(b, source, b.mul(place, step)) for place in places]
                 with f.loop(long(0), long(dim), on.width) as (left, _, _):
                     square = turned(b, [v.load(row, left) for row in rows])
                     for i, column in enumerate(square):
                         v.store(column, at(b, target, b.mul(b.add(left, long(i)), long(line))), long(top))
         else:
-            stop = b.add(key, long(columns))
-            stop = b.select(b.icmp_signed("<", stop, keys), stop, keys)
+            stop = smaller(b, b.add(key, long(columns)), keys)
             target = at(b, out, b.mul(head, b.mul(keys, long(dim * NUMBER))))
             with f.loop(key, stop) as (row, _, _):
                 here = at(b, source, b.mul(row, step))

@@ -77,6 +77,12 @@ class Lanes:
         return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x))))
 
 
+def exp(f: Function, x: Any) -> Any:
+    """Of one number."""
+    one = Lanes(f, 1)
+    return f.builder.extract_element(one.exp(one.everywhere(x)), ir.Constant(INT, 0))
+
+
 def along(f: Function, on: Processor, start: Any, stop: Any, emit: Callable[[Lanes, Any], None]) -> None:
     """emit(lanes, i) for all numbers from start to stop, in vectors, and the rest one by one."""
     whole = f.builder.add(start, f.builder.and_(f.builder.sub(stop, start), long(-on.width)))

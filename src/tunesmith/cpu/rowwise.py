@@ -18,7 +18,6 @@ from tunesmith.cpu.lanes import Lanes, along, sum_along
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
-    INT,
     LONG,
     NUMBER,
     Function,
@@ -27,9 +26,11 @@ from tunesmith.cpu.writing import (
     bits_of,
     compiled,
     declare,
+    given_number,
     in_threads,
     long,
     new_module,
+    number_at,
     once,
     processor,
     share_of,
@@ -61,7 +62,7 @@ class Writer:
     def norm(self, x: Any, out: Any, rstd: Any, weight: Any) -> None:
         """`own`: epsilon, as the bits of a float32."""
         b = self.b
-        eps = b.bitcast(b.trunc(self.own, INT), FLOAT)
+        eps = given_number(b, self.own)
         with self.f.loop(long(0), self.groups) as (group, _, _):
             x, out = (at(b, a, b.mul(group, b.mul(self.width, long(NUMBER)))) for a in (x, out))
             squares = sum_along(
@@ -82,7 +83,7 @@ class Writer:
         b = self.b
         with self.f.loop(long(0), self.groups) as (group, _, _):
             dy, x, dx = (at(b, a, b.mul(group, b.mul(self.width, long(NUMBER)))) for a in (dy, x, dx))
-            scale = b.load(at(b, rstd, b.mul(group, long(NUMBER))), typ=FLOAT, align=NUMBER)
+            scale = number_at(b, rstd, group)
 
             def product(v: Lanes, i: Any) -> Any:
                 return b.fmul(v.load(dy, i), v.load(weight, i))

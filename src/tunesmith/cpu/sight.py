@@ -31,6 +31,11 @@ class Seen:
     reach: Ints  # [keys]
 
 
+def reach_of(places: Ints, window: int | None) -> Ints:
+    """Of keys at these places, for rows that see so many places back, themselves counted; None: all."""
+    return np.full(len(places), ALWAYS) if window is None else places + window
+
+
 class Sight:
     """The same as a kernel reads it: for every block of rows the runs of panels that some of it sees.
 
@@ -59,14 +64,12 @@ class Sight:
     def _panels(self, columns: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """[blocks, panels] whether some row of the block may see some key of the panel; whether each sees all."""
         starts = np.arange(0, self.rows, ROWS)
-        least, most = ([f.reduceat(each, starts)[:, None] for each in (self.order, self.places)] for f in _ENDS)
+        ends_of = np.minimum, np.maximum
+        least, most = ([f.reduceat(each, starts)[:, None] for each in (self.order, self.places)] for f in ends_of)
         begins, ends, reach = (each.reshape(-1, columns) for each in (self.begins, self.ends, self.reach))
         some = (begins.min(1) <= most[0]) & (ends.max(1) > least[0]) & (reach.max(1) > least[1])
         every = (begins.max(1) <= least[0]) & (ends.min(1) > most[0]) & (reach.min(1) > most[1])
         return some, every
-
-
-_ENDS = np.minimum, np.maximum
 
 
 def _runs(some: npt.NDArray[np.bool_], every: npt.NDArray[np.bool_], most: int) -> list[tuple[int, int]]:

@@ -22,19 +22,8 @@ MOST = 28  # arguments of a kernel
 # Operations that compute nothing: they make room, or look at a tensor in another way.
 IDLE = {
     *("empty", "empty_like", "new_empty", "detach", "alias", "view", "_unsafe_view", "reshape", "unflatten", "flatten"),
-    *(
-        "transpose",
-        "permute",
-        "t",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "as_strided",
-        "split",
-        "unbind",
-    ),
+    *("transpose", "permute", "t", "slice", "select", "split", "unbind", "unsqueeze", "squeeze", "expand"),
+    "as_strided",
 }
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from tunesmith.cpu.lanes import Lanes, along, sum_along
 from tunesmith.cpu.writing import (
     ADDRESS,
-    FLOAT,
     LONG,
     NUMBER,
     Function,
@@ -30,6 +29,7 @@ from tunesmith.cpu.writing import (
     integer_at,
     long,
     new_module,
+    number_at,
     once,
     processor,
     share_of,
@@ -115,7 +115,7 @@ def _write_up(on: Processor) -> ir.Module:
     with f.loop(long(0), entries) as (entry, _, _):
         rank, owner = (integer_at(b, a, entry) for a in (ranks, owners))
         row, target = at(b, table, b.mul(rank, b.mul(width, long(NUMBER)))), at(b, y, b.mul(owner, y_step))
-        factor = b.load(at(b, low, b.mul(entry, long(NUMBER))), typ=FLOAT, align=NUMBER)
+        factor = number_at(b, low, entry)
 
         def add(v: Lanes, i: Any) -> None:
             v.store(v.multiply_add(v.everywhere(factor), v.load(row, i), v.load(target, i)), target, i)

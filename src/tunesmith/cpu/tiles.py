@@ -34,6 +34,7 @@ from tunesmith.cpu.writing import (
     is_there,
     long,
     new_module,
+    parts_of,
     scratch,
     share_of,
 )
@@ -223,7 +224,7 @@ class Tiles:
         b, given = f.builder, Given(*f.arguments[2:])
         spare = scratch(b, self.on.rows * self.line)
         turned = scratch(b, DEPTH * self.line) if self.kind is Kind.BACK else None
-        panels = b.sdiv(b.add(given.width, long(self.on.columns - 1)), long(self.on.columns))
+        panels = parts_of(b, given.width, self.on.columns)
         by_rows = b.icmp_signed("!=", given.split_rows, long(0))
         thread, threads = f.arguments[:2]
 
@@ -249,7 +250,7 @@ class Tiles:
             left = b.sub(given.inner, done)
             last = b.icmp_signed("<=", left, long(DEPTH))
             inner = b.select(last, left, long(DEPTH))
-            blocks = b.sdiv(b.add(inner, long(columns - 1)), long(columns))
+            blocks = parts_of(b, inner, columns)
             with f.loop(long(0), blocks) as (block, _, _):
                 source = at(b, start, b.mul(b.add(b.sdiv(done, long(columns)), block), given.w_step))
                 for row in range(columns):  # of the block after the next
@@ -284,7 +285,7 @@ class Tiles:
         """All tiles of a panel of y, for rows [first, last). `following` is fetched meanwhile."""
         b, most, columns, (first, last) = f.builder, self.on.rows, self.on.columns, rows
         mine = b.sub(last, first)
-        tiles = b.sdiv(b.add(mine, long(most - 1)), long(most))
+        tiles = parts_of(b, mine, most)
         ahead_step = long(0)
         if self.kind is not Kind.BACK:
             some = b.select(b.icmp_signed(">", tiles, long(0)), tiles, long(1))

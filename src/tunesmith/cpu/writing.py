@@ -71,6 +71,21 @@ def integer_at(builder: ir.IRBuilder, numbers: Any, i: Any) -> Any:
     return builder.load(at(builder, numbers, builder.mul(i, long(8))), typ=LONG, align=8)
 
 
+def number_at(builder: ir.IRBuilder, numbers: Any, i: Any) -> Any:
+    """numbers[i], float32."""
+    return builder.load(at(builder, numbers, builder.mul(i, long(NUMBER))), typ=FLOAT, align=NUMBER)
+
+
+def smaller(builder: ir.IRBuilder, one: Any, other: Any) -> Any:
+    """Of two integers."""
+    return builder.select(builder.icmp_signed("<", one, other), one, other)
+
+
+def parts_of(builder: ir.IRBuilder, count: Any, size: int) -> Any:
+    """Into how many parts of at most `size` so many fall."""
+    return builder.sdiv(builder.add(count, long(size - 1)), long(size))
+
+
 def share_of(builder: ir.IRBuilder, count: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
     """A thread's share of [0, count): its first, and one past its last."""
     first, last = (builder.sdiv(builder.mul(count, n), threads) for n in (thread, builder.add(thread, long(1))))
@@ -86,6 +101,11 @@ def threads_for(work: int) -> int:
 def bits_of(number: float) -> int:
     """A float32 as the integer that a kernel is given."""
     return int.from_bytes(struct.pack("<f", number), "little")
+
+
+def given_number(builder: ir.IRBuilder, bits: Any) -> Any:
+    """The float32 of which a kernel was given `bits_of`."""
+    return builder.bitcast(builder.trunc(bits, INT), FLOAT)
 
 
 def is_there(builder: ir.IRBuilder, address: Any) -> Any:

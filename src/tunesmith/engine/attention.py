@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunesmith.cpu import flash
 from tunesmith.cpu.attention import Piece, Pieces, Places, attend, cache, can_attend
-from tunesmith.cpu.sight import ALWAYS, Seen, Sight
+from tunesmith.cpu.sight import ALWAYS, Seen, Sight, reach_of
 from tunesmith.engine.cache import KeyValues, Node, Slots
 
 READ_ALONE = 4096  # tokens of a node times rows below it, up to which reading them over again costs less than a merge
@@ -138,7 +138,8 @@ class CacheContext:
         self, layer: int, query: Tensor, scaling: float, window: int | None, out: Tensor, lse: Tensor
     ) -> None:
         """query [heads, decoding, dim]; fills the first rows of out and lse."""
-        keys, values = [kv.keys[layer] for kv in self.stores], [kv.values[layer] for kv in self.stores]
+        stores = self.stores
+        keys, values = [kv.keys[layer] for kv in stores], [kv.values[layer] for kv in stores]
         attend(query, keys, values, self.pieces_alone(window), scaling, out[: self.decoding], lse[: self.decoding])
 
     @property
@@ -212,9 +213,8 @@ class CacheContext:
         stop = span.offset + span.stop - span.start
         if (span.start, window) not in self._sights:
             keys = np.arange(stop)
-            reach = np.full(stop, ALWAYS) if window is None else keys + window
-            rows = keys[span.offset :]
-            self._sights[span.start, window] = flash.look(Seen(rows, rows, keys, np.full(stop, ALWAYS), reach))
+            rows, ends = keys[span.offset :], np.full(stop, ALWAYS)
+            self._sights[span.start, window] = flash.look(Seen(rows, rows, keys, ends, reach_of(keys, window)))
         keys, values = (side[layer][:, :stop].transpose(0, 1) for side in (span.store.keys, span.store.values))
         flash.forward(query[0].transpose(0, 1), keys, values, self._sights[span.start, window], scaling, out, lse)
 

@@ -8,6 +8,8 @@ few tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +24,7 @@ from tunesmith.engine.replay import MOST_ROWS, Replays
 from tunesmith.models.embedding import LoraEmbedding
 from tunesmith.models.fused_ops import norm_of, rotate_, swiglu
 from tunesmith.models.lora import LoraModel
-from tunesmith.tree.body import run_body
+from tunesmith.tree.body import LayerAttention, Listener, run_body
 
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
@@ -57,10 +59,10 @@ class PlainBody:
 class PackedLayer:
     """One decoder layer of the Llama kind."""
 
-    def __init__(self, layer: Any, index: int, head_dim: int, packing: Packing, calls: dict[str, Any]) -> None:
+    def __init__(self, layer: Any, index: int, head_dim: int, packing: Packing, calls: LayerAttention) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.head_dim = index, head_dim
-        self.calls = calls  # how it calls attention: scaling, sliding_window, softcap
+        self.window, self.calls = calls.sliding_window, asdict(calls)
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [_out_features(part) // head_dim for part in parts]
         self.heads, self.kv_heads = heads[0], heads[1]
@@ -107,9 +109,8 @@ class PackedBody:
     """
 
     def __init__(
-        self, model: PreTrainedModel, packing: Packing, adapter_limit: int, calls: dict[int, dict[str, Any]]
+        self, model: PreTrainedModel, packing: Packing, adapter_limit: int, calls: Mapping[int, LayerAttention]
     ) -> None:
-        """calls: by layer, how it calls attention."""
         base: Any = model.base_model
         self._embed, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, norm_of(base.norm)
         head_dim = base.layers[0].self_attn.head_dim
@@ -120,7 +121,7 @@ class PackedBody:
         merged = sum(each.bytes for each in projections)
         self._merges = packing is pack_numbers and merged <= adapter_limit // 2
         self.tables = AdapterTables(projections, adapter_limit - merged if self._merges else adapter_limit)
-        self._windows, self._replays = {layer.calls["sliding_window"] for layer in self._layers}, Replays()
+        self._windows, self._replays = {layer.window for layer in self._layers}, Replays()
         self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
         self._last: tuple[Any, Mix] = (None, Mix.of((), 0, {}))  # what the latest mix was made from, and it
 
@@ -173,30 +174,18 @@ def packed_body(lora: LoraModel, spec: KvSpec, packing: Packing, adapter_limit: 
     if model.config.model_type not in PACKABLE or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     with torch.no_grad():
-        expected, calls = _try(PlainBody(lora), spec)
-        body = PackedBody(model, packing, adapter_limit, calls)
-        found, _ = _try(body, spec)
+        ids, heard = torch.arange(TRIED), Listener(_among_themselves(spec))
+        expected = run_body(model, ids, ids, heard)
+        body = PackedBody(model, packing, adapter_limit, heard.layers)
+        found = body(ids, ids, _among_themselves(spec), ())
     same = torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     return body if same else None
 
 
-class _Listener(CacheContext):
-    """Notes how each layer calls attention: a few tokens do not tell a window apart from none."""
-
-    heard: dict[int, dict[str, Any]]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        self.heard[layer] = settings
-        return super().attend(layer, query, key, value, **settings)
-
-
-def _try(body: Body, spec: KvSpec) -> tuple[Tensor, dict[int, dict[str, Any]]]:
-    """The body's hidden states for a few tokens, attending among themselves, and how its layers call attention."""
-    store = spec.empty(TRIED)
+def _among_themselves(spec: KvSpec) -> CacheContext:
+    """A few tokens that see nothing but each other."""
     ids, none = torch.arange(TRIED), torch.empty(0, dtype=torch.long)
-    context = _Listener(ids, Slots(spec), none, none, none, [Span(0, TRIED, store, 0)], [])
-    context.heard = {}
-    return body(ids, ids, context, ()), context.heard
+    return CacheContext(ids, Slots(spec), none, none, none, [Span(0, TRIED, spec.empty(TRIED), 0)], [])
 
 
 def _out_features(linear: Any) -> int:

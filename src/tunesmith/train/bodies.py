@@ -19,19 +19,10 @@ from tunesmith.models.memory import trim_heap
 from tunesmith.models.packed import can_pack, page_out
 from tunesmith.train.forward import Body, ModuleBody, T
 from tunesmith.tree.attention import PrefixCache, TreeContext, tree_backward, tree_forward
-from tunesmith.tree.body import run_body
+from tunesmith.tree.body import LayerAttention, Listener, run_body
 from tunesmith.tree.heads import Head, head_of
 from tunesmith.tree.layout import TokenTree, build_tree
 from tunesmith.types import TokenizedExample
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """How a layer of the model calls attention."""
-
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
 
 
 def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: str | None = None) -> Body:
@@ -45,7 +36,7 @@ def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: st
         return plain
     lora.use(adapter)
     tree = _trial(model)
-    seen = _Listener(tree)
+    seen = Listener(TreeContext(tree))
     ids, positions = torch.as_tensor(tree.input_ids), torch.as_tensor(tree.position_ids)
     with torch.no_grad():
         expected = run_body(model, ids, positions, seen)
@@ -68,18 +59,6 @@ def _trial(model: PreTrainedModel) -> TokenTree:
     size = min(64, model.config.get_text_config().vocab_size)
     rows = [np.arange(9) % size, np.array([0, 1, 2, 7, 6, 5, 4, 3]) % size]
     return build_tree([TokenizedExample("", ids.astype(np.int32), np.zeros(len(ids), np.float32)) for ids in rows])
-
-
-class _Listener(TreeContext):
-    """Notes how each layer calls attention."""
-
-    def __init__(self, tree: TokenTree) -> None:
-        super().__init__(tree)
-        self.layers: dict[int, LayerAttention] = {}
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        self.layers[layer] = LayerAttention(**settings)
-        return super().attend(layer, query, key, value, **settings)
 
 
 class FusedBody:

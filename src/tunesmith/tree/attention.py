@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
 from tunesmith.cpu import flash
-from tunesmith.cpu.sight import ALWAYS, Seen, Sight
+from tunesmith.cpu.sight import Seen, Sight, reach_of
 from tunesmith.tree.flex import block_mask, flex
 from tunesmith.tree.kernels import backward_part, forward_part
 from tunesmith.tree.layout import TokenTree
@@ -59,12 +59,11 @@ class View:
 
     @cached_property
     def sight(self) -> Sight:
-        tree, before = self.tree, np.arange(self.tree.prefix)
+        tree = self.tree
         keys, tokens = np.arange(-tree.prefix, tree.tokens), np.arange(tree.tokens)
         ends = np.concatenate([np.full(tree.prefix, tree.tokens), tree.subtree_end])
-        places = np.concatenate([before, tree.position_ids])
-        reach = np.full(len(keys), ALWAYS) if self.window is None else places + self.window
-        return flash.look(Seen(tokens, tree.position_ids, keys, ends, reach))
+        places = np.concatenate([np.arange(tree.prefix), tree.position_ids])
+        return flash.look(Seen(tokens, tree.position_ids, keys, ends, reach_of(places, self.window)))
 
 
 class TreeContext:
@@ -105,7 +104,7 @@ class TreeContext:
             value = torch.cat((self.prefix.values[layer], value), dim=2)
         if query.device.type == "cuda":
             return flex(query, key, value, self._block_mask(sliding_window, query.device), scaling, softcap)
-        return _TreeAttention.apply(query, key, value, self.view(sliding_window), scaling, softcap)
+        return _Attend.apply(query, key, value, self.view(sliding_window), scaling, softcap)
 
 
 def tree_forward(
@@ -188,7 +187,7 @@ def _put(target: Tensor, grad: Tensor, first: bool) -> None:
         target.add_(grad)
 
 
-class _TreeAttention(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, view: View, scaling: float, softcap: float | None

@@ -79,6 +79,27 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """How a layer of the model calls attention."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+class Listener:
+    """An AttentionContext that is another, and notes how each layer calls it: what a few tokens can't tell apart."""
+
+    def __init__(self, context: AttentionContext) -> None:
+        self.context = context
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        self.layers[layer] = LayerAttention(**settings)
+        return self.context.attend(layer, query, key, value, **settings)
+
+
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What a prepared model may be given. `reason` is a sentence for the user where sharing is off."""
