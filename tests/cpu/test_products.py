@@ -27,7 +27,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_all_that_a_product_adds(on: Processor | None, threads: int, rows: int, out: int, inner: int) -> None:
     x, weight, bias = torch.randn(rows, inner + 2)[:, 1:-1], torch.randn(out, inner), torch.randn(out)
     added, h, u = torch.randn(rows, out + 3)[:, :out], torch.randn(rows, 9)[:, 2:7], torch.randn(out, 5)
-    panels, more = Panels(weight), Panels(u)
+    panels, more = Panels.of(weight), Panels.of(u)
     plain = x.double() @ weight.double().t()
     close(product(x, panels), plain)
     whole = plain + bias + added.double() + h.double() @ u.double().t()
@@ -46,10 +46,10 @@ def test_all_that_a_product_adds(on: Processor | None, threads: int, rows: int, 
 def test_the_way_back_from_the_same_panels(on: Processor | None, threads: int, rows: int, out: int, inner: int) -> None:
     dy, weight, added = torch.randn(rows, out), torch.randn(out, inner), torch.randn(rows, inner)
     h, u = torch.randn(rows, 5), torch.randn(inner, 5)
-    panels, plain = Panels(weight), dy.double() @ weight.double()
+    panels, plain = Panels.of(weight), dy.double() @ weight.double()
     close(back_product(dy, panels), plain)
     given = added.clone()
-    close(back_product(dy, panels, added=given, thin=(h, Panels(u))), plain + added + h.double() @ u.double().t())
+    close(back_product(dy, panels, added=given, thin=(h, Panels.of(u))), plain + added + h.double() @ u.double().t())
     assert torch.equal(given, added)
 
 
@@ -57,13 +57,13 @@ def test_the_way_back_from_the_same_panels(on: Processor | None, threads: int, r
 def test_integers_and_scales(on: Processor | None, out: int, inner: int) -> None:
     codes, scale, bias = torch.randint(-127, 128, (out, inner), dtype=torch.int8), torch.rand(out), torch.randn(out)
     x = torch.randn(7, inner)
-    close(product(x, Panels(codes, scale), bias=bias), x.double() @ (codes * scale[:, None]).double().t() + bias)
+    close(product(x, Panels.of(codes, scale), bias=bias), x.double() @ (codes * scale[:, None]).double().t() + bias)
 
 
 def test_a_row_does_not_depend_on_what_is_beside_it_or_on_threads(on: Processor | None) -> None:
     if on is None:
         pytest.skip("PyTorch's own products do")
-    panels, back = Panels(torch.randn(200, 70)), Panels(torch.randn(70, 200))
+    panels, back = Panels.of(torch.randn(200, 70)), Panels.of(torch.randn(70, 200))
     x, before = torch.randn(60, 70), torch.get_num_threads()
     whole = [product(x, panels), back_product(x, back)]
     for count in (1, 3):
@@ -76,15 +76,32 @@ def test_a_row_does_not_depend_on_what_is_beside_it_or_on_threads(on: Processor 
 
 
 def test_blocks_are_written_where_they_belong(on: Processor | None) -> None:
-    weight, panels, x = torch.zeros(96, 9), Panels(torch.zeros(96, 9)), torch.randn(4, 9)
+    weight, panels, x = torch.zeros(96, 9), Panels.of(torch.zeros(96, 9)), torch.randn(4, 9)
     for rows, columns in ((slice(0, 64), slice(0, 4)), (slice(64, 96), slice(4, 6)), (slice(3, 50), slice(6, 9))):
         weight[rows, columns] = block = torch.randn(rows.stop - rows.start, columns.stop - columns.start)
         panels.write(rows, columns, block)
     close(product(x, panels), x.double() @ weight.double().t())
 
 
+@pytest.mark.parametrize("columns", [slice(0, 21), slice(2, 7), slice(4, 20)])
+@pytest.mark.parametrize("rows", [slice(0, 100), slice(48, 100), slice(0, 48), slice(96, 100)])
+@pytest.mark.parametrize("lies", ["by rows", "by columns", "apart"])
+def test_blocks_by_rows_and_by_columns(
+    on: Processor | None, threads: int, rows: slice, columns: slice, lies: str
+) -> None:
+    """A matrix whose last panel is cut off, blocks of it scaled on their way; beside them nothing is written."""
+    weight = torch.randn(100, 21)
+    panels, height, width = Panels.of(weight.clone()), rows.stop - rows.start, columns.stop - columns.start
+    block = torch.randn(width, height).t() if lies == "by columns" else torch.randn(height, 2 * width)[:, :width]
+    if lies == "apart":
+        block = torch.randn(height, 2 * width)[:, ::2]
+    panels.write(rows, columns, block, 0.5)
+    weight[rows, columns] = block * 0.5
+    assert torch.equal(product(torch.eye(21), panels), weight.t())
+
+
 def test_no_rows_and_shapes_that_do_not_fit(on: Processor | None) -> None:
-    panels = Panels(torch.randn(20, 10))
+    panels = Panels.of(torch.randn(20, 10))
     assert product(torch.empty(0, 10), panels).shape == (0, 20)
     with pytest.raises(AssertionError):
         product(torch.randn(3, 9), panels)

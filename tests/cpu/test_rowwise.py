@@ -63,6 +63,25 @@ def test_swiglu_and_its_backward(threads: int, width: int) -> None:
     torch.testing.assert_close(d_gate_up.double(), d_expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 7, 64, 1003])
+def test_softmax_in_two_parts(threads: int, width: int) -> None:
+    x, factor = torch.randn(20, width + 5)[:, 2:-3] * 20 + 50, torch.randn(20, 1)
+    expected, lse, top = plain(x), torch.empty(20, 1), torch.empty(20, 1)
+    rowwise.normalise(x, lse, top)
+    assert torch.equal(top, x.amax(-1, keepdim=True))
+    close(lse, expected.logsumexp(-1, keepdim=True))
+    rowwise.probabilities(x, lse, factor)
+    torch.testing.assert_close(x.double(), expected.softmax(-1) * plain(factor), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("place", [0, 13, 63, 64, 69])
+def test_a_number_that_is_none_is_not_lost_in_a_softmax(place: int) -> None:
+    x, lse, top = torch.randn(2, 70), torch.empty(2, 1), torch.empty(2, 1)
+    x[1, place] = math.nan
+    rowwise.normalise(x, lse, top)
+    assert lse.isnan().tolist() == top.isnan().tolist() == [[False], [True]]
+
+
 def test_numbers_where_float32_ends() -> None:
     gate = torch.tensor([[-math.inf, -1e30, -200.0, -88.0, 0.0, 88.0, 1e30, math.inf, math.nan]])
     out = torch.empty_like(gate)

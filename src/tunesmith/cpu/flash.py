@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.cpu.flash_kernels import Backward, Forward, layout_kernel
+from tunesmith.cpu.flash_kernels import Backward, Forward
+from tunesmith.cpu.layouts import lay_out
 from tunesmith.cpu.sight import Seen, Sight
 from tunesmith.cpu.writing import NUMBER, Processor, bits_of, compiled, once, processor, threads_for
 
@@ -128,7 +129,7 @@ def _turned(on: Processor, x: Tensor) -> Tensor:
     number."""
     keys, heads, dim = x.shape
     out = x.new_empty(heads, -(-keys // on.columns), dim, on.columns)
-    _laid_out(on, x, out, "turned")
+    lay_out(on, "turned", x, out.data_ptr(), NUMBER * dim * on.columns)
     return out
 
 
@@ -136,13 +137,8 @@ def _split(on: Processor, x: Tensor) -> Tensor:
     """[keys, kv_heads, dim] -> [kv_heads, dim / columns, keys, columns]."""
     keys, heads, dim = x.shape
     out = x.new_empty(heads, dim // on.columns, keys, on.columns)
-    _laid_out(on, x, out, "split")
+    lay_out(on, "split", x, out.data_ptr(), NUMBER * keys * on.columns)
     return out
-
-
-def _laid_out(on: Processor, x: Tensor, out: Tensor, how: str) -> None:
-    keys, heads, dim = x.shape
-    _layout(on, dim, how)(threads_for(x.numel()), *_rows(x), out.data_ptr(), keys, heads)
 
 
 @once
@@ -153,8 +149,3 @@ def _forward(on: Processor, dim: int) -> Callable[..., Any]:
 @once
 def _backward(on: Processor, dim: int) -> Callable[..., Any]:
     return compiled(Backward(on, dim).module, "backward")
-
-
-@once
-def _layout(on: Processor, dim: int, how: str) -> Callable[..., Any]:
-    return compiled(layout_kernel(on, dim, how), how)

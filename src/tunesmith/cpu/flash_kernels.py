@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from tunesmith.cpu.lanes import Lanes, exp, sum_along
 from tunesmith.cpu.sight import PIECE, ROWS
-from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, turned, walk
+from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, walk
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
@@ -317,36 +317,3 @@ class Backward(Blocks):
                 power = b.select(sees(i), power, v.number(0.0))
             v.store(power, s, i)
             v.store(b.fmul(b.fmul(power, scale), b.fsub(v.load(t, i), dot)), t, i)
-
-
-def layout_kernel(on: Processor, dim: int, how: str) -> ir.Module:
-    """[keys, heads, dim] into panels: `turned` or `split`, as cpu/flash.py says. Threads share the panels of keys."""
-    module = new_module()
-    f = Function(module, "share", [LONG, LONG, *MATRIX, ADDRESS, LONG, LONG])
-    b, v, columns, line = f.builder, Lanes(f, on.width), on.columns, on.columns * NUMBER
-    thread, threads, x, step, head_step, out, keys, heads = f.arguments
-    panels = parts_of(b, keys, columns)
-    first, last = share_of(b, b.mul(heads, panels), thread, threads)
-    with f.loop(first, last) as (unit, _, _):
-        head, panel = b.sdiv(unit, panels), b.srem(unit, panels)
-        key = b.mul(panel, long(columns))
-        source = at(b, x, b.mul(head, head_step))
-        if how == "turned":
-            target, end = at(b, out, b.mul(unit, long(dim * line))), b.sub(keys, long(1))
-            for top in range(0, columns, on.width):
-                places = [smaller(b, b.add(key, long(top + i)), end) for i in range(on.width)]
-                rows = [at(b, source, b.mul(place, step)) for place in places]
-                with f.loop(long(0), long(dim), on.width) as (left, _, _):
-                    square = turned(b, [v.load(row, left) for row in rows])
-                    for i, column in enumerate(square):
-                        v.store(column, at(b, target, b.mul(b.add(left, long(i)), long(line))), long(top))
-        else:
-            stop = smaller(b, b.add(key, long(columns)), keys)
-            target = at(b, out, b.mul(head, b.mul(keys, long(dim * NUMBER))))
-            with f.loop(key, stop) as (row, _, _):
-                here = at(b, source, b.mul(row, step))
-                for i in range(0, dim, on.width):
-                    part = at(b, target, b.mul(b.add(b.mul(keys, long(i // columns)), row), long(line)))
-                    v.store(v.load(here, long(i)), part, long(i % columns))
-    in_threads(module, how, f.end())
-    return module

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -49,8 +51,8 @@ class Lanes:
         return self._by_halves(x, self.b.fadd)
 
     def largest(self, x: Any) -> Any:
-        """The largest of a vector's numbers."""
-        return self._by_halves(x, lambda one, other: self.b.select(self.b.fcmp_ordered(">", one, other), one, other))
+        """The largest of a vector's numbers; NaN where one is."""
+        return self._by_halves(x, lambda one, other: larger(self.module, self.b, one, other))
 
     def _by_halves(self, x: Any, join: Callable[[Any, Any], Any]) -> Any:
         while (half := x.type.count // 2) > 0:
@@ -77,6 +79,13 @@ class Lanes:
         return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x))))
 
 
+def larger(module: ir.Module, builder: ir.IRBuilder, one: Any, other: Any) -> Any:
+    """Of two numbers, or of two vectors' numbers; NaN where one is."""
+    kind = one.type
+    name = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+    return builder.call(declare(module, f"llvm.maximum.{name}", [kind, kind], kind), [one, other])
+
+
 def exp(f: Function, x: Any) -> Any:
     """Of one number."""
     one = Lanes(f, 1)
@@ -93,15 +102,37 @@ def along(f: Function, on: Processor, start: Any, stop: Any, emit: Callable[[Lan
 
 def sum_along(f: Function, on: Processor, width: Any, emit: Callable[[Lanes, Any, Any], Any], ways: int = 1) -> Any:
     """The sum of what emit(lanes, i, so far) adds up for all numbers; `ways` sums at a time, for want of waiting."""
-    rest, total = long(0), None
+    return _gather_along(f, on, width, emit, ways, (0.0, Lanes.total, f.builder.fadd))
+
+
+def largest_along(f: Function, on: Processor, width: Any, emit: Callable[[Lanes, Any], Any], ways: int = 1) -> Any:
+    """The largest of what emit(lanes, i) gives for all numbers; NaN where one is."""
+    module, b = f.itself.module, f.builder
+
+    def keep(lanes: Lanes, i: Any, so_far: Any) -> Any:
+        return larger(module, b, so_far, emit(lanes, i))
+
+    return _gather_along(f, on, width, keep, ways, (-math.inf, Lanes.largest, partial(larger, module, b)))
+
+
+def _gather_along(
+    f: Function,
+    on: Processor,
+    width: Any,
+    emit: Callable[[Lanes, Any, Any], Any],
+    ways: int,
+    how: tuple[float, Callable[[Lanes, Any], Any], Callable[[Any, Any], Any]],
+) -> Any:
+    """`how`: what one begins with, how a vector's numbers are joined, and how two numbers are."""
+    (start, within, join), rest, whole = how, long(0), None
     for count, most in ((on.width, ways), (on.width, 1), (1, 1)):
         lanes, step = Lanes(f, count), count * most
         end = f.builder.add(rest, f.builder.and_(f.builder.sub(width, rest), long(-step)))
-        with f.loop(rest, end, step, [lanes.number(0.0)] * most) as (i, so_far, following):
+        with f.loop(rest, end, step, [lanes.number(start)] * most) as (i, so_far, following):
             for way in range(most):
                 following[way] = emit(lanes, f.builder.add(i, long(way * count)), so_far[way])
         for each in so_far:
-            found = lanes.total(each)
-            total = found if total is None else f.builder.fadd(total, found)
+            found = within(lanes, each)
+            whole = found if whole is None else join(whole, found)
         rest = end
-    return total
+    return whole

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tunesmith.cpu.layouts import lay_out
 from tunesmith.cpu.tiles import Kind, Tiles
 from tunesmith.cpu.writing import NUMBER, Processor, compiled, once, processor, threads_for
 
@@ -21,40 +22,68 @@ from tunesmith.cpu.writing import NUMBER, Processor, compiled, once, processor, 
 class Panels:
     """A matrix W laid out for products with it: float32, or int8 with a scale for each row of W.
 
-    A copy where there are kernels; elsewhere the matrix itself, which nobody may change meanwhile.
+    A copy where there are kernels; elsewhere, and for other types, the matrix itself, which nobody may change
+    meanwhile.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """weight [out, in], any strides; scale [out], only with int8."""
-        assert (weight.dtype, scale is None) in ((torch.float32, True), (torch.int8, False))
-        self.out, self.inner = weight.shape
-        self.on = processor()
-        self.panel_bytes = 0
-        if self.on is None:
-            self.numbers, self.scale = weight, scale
-            return
-        padded, columns = _padded(weight, self.on.columns), self.on.columns
-        panels, tail = len(padded) // columns, columns**2  # BACK reads a block beyond the end, in vain
-        room = weight.new_zeros(padded.numel() + tail)[: padded.numel()].view(panels, self.inner, columns)
-        self.numbers = room.copy_(padded.unflatten(0, (panels, columns)).transpose(1, 2))
-        self.panel_bytes = self.inner * columns * weight.itemsize
-        self.scale = None if scale is None else _padded(scale, self.on.columns)
+    def __init__(self, out: int, inner: int, numbers: Tensor, on: Processor | None) -> None:
+        """W is [out, inner]. `of` and `empty` are how one comes by panels."""
+        self.out, self.inner, self.numbers, self.on = out, inner, numbers, on
+        self.scale: Tensor | None = None
+        self.panel_bytes = 0 if on is None else inner * on.columns * numbers.itemsize
 
-    def write(self, rows: slice, columns: slice, block: Tensor) -> None:
-        """W[rows, columns] = block."""
-        if self.on is None:
-            self.numbers[rows, columns] = block
-        elif rows.start % self.on.columns or len(block) % self.on.columns:
-            row = torch.arange(rows.start, rows.stop)
-            self.numbers[row // self.on.columns, columns, row % self.on.columns] = block
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor | None = None) -> Panels:
+        """weight [out, in], any strides; scale [out], only with int8."""
+        assert (weight.dtype == torch.int8) is (scale is not None)
+        (out, inner), on = weight.shape, _kernels_for(weight.dtype)
+        if on is None:
+            panels = cls(out, inner, weight, None)
+            panels.scale = scale
+            return panels
+        panels = cls.empty(out, inner, weight.new_zeros)
+        if scale is None:
+            panels.write(slice(0, out), slice(0, inner), weight)
         else:
-            panels = slice(rows.start // self.on.columns, rows.stop // self.on.columns)
-            self.numbers[panels, columns].transpose(1, 2).copy_(block.unflatten(0, (-1, self.on.columns)))
+            panels.numbers.transpose(1, 2).copy_(_padded(weight, on.columns).unflatten(0, (-1, on.columns)))
+            panels.scale = _padded(scale, on.columns)
+        return panels
+
+    @classmethod
+    def empty(cls, out: int, inner: int, room: Callable[[int], Tensor]) -> Panels:
+        """Of no numbers yet; `room(n)` gives memory for n of them, [n]."""
+        on = _kernels_for(room(0).dtype)
+        if on is None:
+            return cls(out, inner, room(out * inner).view(out, inner), None)
+        panels, columns = -(-out // on.columns), on.columns
+        numbers, tail = panels * inner * columns, columns**2  # BACK reads a block beyond the end, in vain
+        return cls(out, inner, room(numbers + tail)[:numbers].view(panels, inner, columns), on)
+
+    def write(self, rows: slice, columns: slice, block: Tensor, times: float = 1.0) -> None:
+        """W[rows, columns] = block * times, in float32. Rows that begin or end within a panel take longer."""
+        if self.on is None:
+            self.numbers[rows, columns] = block * times
+            return
+        wide = self.on.columns
+        if rows.start % wide or (rows.stop % wide and rows.stop != self.out):
+            row = torch.arange(rows.start, rows.stop)
+            self.numbers[row // wide, columns, row % wide] = block * times
+            return
+        if 1 not in block.stride():
+            block = block.contiguous()
+        turned = block.stride(1) == 1
+        x = (block if turned else block.t())[:, None]
+        place = self.numbers.data_ptr() + rows.start // wide * self.panel_bytes + columns.start * wide * NUMBER
+        lay_out(self.on, "turned" if turned else "split", x, place, self.panel_bytes, times)
 
     @property
     def matrix(self) -> Tensor:
         """W [out, in], where there are no kernels."""
         return self.numbers if self.scale is None else self.numbers * self.scale[:, None]
+
+
+def _kernels_for(dtype: torch.dtype) -> Processor | None:
+    return processor() if dtype in (torch.float32, torch.int8) else None
 
 
 Thin = tuple[Tensor, Panels]  # h [rows, rank] and U [out, rank]

@@ -1,8 +1,8 @@
-"""What a decoder does between its products, row by row: RMSNorm, SwiGLU, rotary embedding, and the way back.
+"""What a decoder does row by row between its products: RMSNorm, SwiGLU, rotary embedding, and the way back; softmax.
 
-One pass over memory each, where PyTorch's operations make three to eight. What they compute is said by
-tunesmith.models.fused_ops, which has the same in plain mathematics and for any type. Tensors are float32 on the CPU,
-their last dimension contiguous; the caller has asked `usable`.
+One or two passes over memory each, where PyTorch's operations make three to eight. What they compute is said by
+tunesmith.models.fused_ops and tunesmith.tree.heads, which have the same in plain mathematics and for any type. Tensors
+are float32 on the CPU, their last dimension contiguous; the caller has asked `usable`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from tunesmith.cpu.lanes import Lanes, along, sum_along
+from tunesmith.cpu.lanes import Lanes, along, largest_along, sum_along
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
@@ -36,6 +36,8 @@ from tunesmith.cpu.writing import (
     share_of,
     threads_for,
 )
+
+WAYS = 4  # sums of a long row at a time
 
 
 class Writer:
@@ -99,6 +101,31 @@ class Writer:
                 v.store(v.multiply_add(v.load(x, i), v.everywhere(less), so_far), dx, i)
 
             self.along(write)
+
+    def normalise(self, x: Any, lse: Any, top: Any) -> None:
+        b = self.b
+        largest = largest_along(self.f, self.on, self.width, lambda v, i: v.load(x, i), WAYS)
+        total = sum_along(
+            self.f,
+            self.on,
+            self.width,
+            lambda v, i, sum_: b.fadd(sum_, v.exp(b.fsub(v.load(x, i), v.everywhere(largest)))),
+            WAYS,
+        )
+        log = b.call(declare(self.module, "llvm.log.f32", [FLOAT], FLOAT), [total])
+        b.store(b.fadd(largest, log), lse, align=NUMBER)
+        b.store(largest, top, align=NUMBER)
+
+    def probabilities(self, x: Any, lse: Any, factor: Any) -> None:
+        """In place."""
+        b = self.b
+        less, times = number_at(b, lse, long(0)), number_at(b, factor, long(0))
+
+        def write(v: Lanes, i: Any) -> None:
+            power = v.exp(b.fsub(v.load(x, i), v.everywhere(less)))
+            v.store(b.fmul(power, v.everywhere(times)), x, i)
+
+        self.along(write)
 
     def swiglu(self, gate_up: Any, out: Any) -> None:
         up = at(self.b, gate_up, self.b.mul(self.width, long(NUMBER)))
@@ -180,6 +207,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     assert cos.shape == sin.shape == (x.shape[0], 1, cos.shape[-1])
     assert 2 * cos.shape[-1] <= dim
     _run("rotate", (x, cos, sin), x.shape[0], x.shape[1], cos.shape[-1], -dim if back else dim)
+
+
+def normalise(x: Tensor, lse: Tensor, top: Tensor) -> None:
+    """Each row's log-sum-exp and its largest number; NaN where one is. x [rows, width]; lse and top [rows, 1]."""
+    assert lse.shape == top.shape == (x.shape[0], 1)
+    _run("normalise", (x, lse, top), x.shape[0], 1, x.shape[1])
+
+
+def probabilities(x: Tensor, lse: Tensor, factor: Tensor) -> None:
+    """x = exp(x - lse) * factor, in place. x [rows, width]; lse and factor [rows, 1]."""
+    assert lse.shape == factor.shape == (x.shape[0], 1)
+    _run("probabilities", (x, lse, factor), x.shape[0], 1, x.shape[1])
 
 
 def _groups(x: Tensor) -> int:

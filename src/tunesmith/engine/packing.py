@@ -50,7 +50,7 @@ def pack_integers(linears: Sequence[Any]) -> PackedLinear:
     """The linears of a base in int8."""
     codes, scales = (torch.cat([getattr(linear.stored, name) for linear in linears]) for name in ("codes", "scale"))
     biases = joined_bias([linear.out_features for linear in linears], [linear.bias for linear in linears])
-    return PackedLinear(Panels(codes, scales[:, 0]), biases)
+    return PackedLinear(Panels.of(codes, scales[:, 0]), biases)
 
 
 def leave_quantised() -> Packing:

@@ -109,10 +109,11 @@ class FusedDecoder:
 
     @property
     def dequantised_bytes(self) -> int:
-        """What a thread holds of quantised weights as numbers: one layer's. 0 where they are numbers anyway."""
-        layers = [[s for s in layer.stacks if s.quantised] for layer in self.layers]
-        numbers = max(sum(s.in_features * s.out_features for s in stacks) for stacks in layers)
-        return numbers * self.slabs.like.element_size()
+        """What a thread holds of quantised weights as numbers: one layer's, and the largest on
+        its way into panels. 0 where they are numbers anyway."""
+        layers = [[linear for stack in layer.stacks for linear in stack.quantised] for layer in self.layers]
+        sizes = [[linear.out_features * linear.in_features for linear in linears] for linears in layers]
+        return max(sum(each) + max(each, default=0) for each in sizes) * self.slabs.like.element_size()
 
     @property
     def bytes_per_token(self) -> int:

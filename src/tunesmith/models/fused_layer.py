@@ -10,9 +10,8 @@ the activation are cheaper to compute again than to fetch from memory.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -68,10 +67,6 @@ class Workspace:
         if buffer is None or buffer.numel() < rows * width:
             buffer = self.buffers[name] = self.like.new_empty(rows * width)
         return buffer[: rows * width].view(rows, width)
-
-    def named(self, name: str) -> Callable[[int, int], Tensor]:
-        """`take` of one buffer."""
-        return partial(self.take, name)
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ class FusedLayer:
         geometry, work = self.geometry, here.work
         for stack in self.stacks:
             stack.lay_out_adapter()
-        qkv = self.qkv.opened(work.named("qkv weight"))
+        qkv = self.qkv.opened("qkv weight", work.take)
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)
             self.input_norm.forward(kept.x[s], normed)
@@ -168,7 +163,7 @@ class FusedLayer:
 
     def _opened_tail(self, work: Workspace) -> tuple[Stack, Stack, Stack]:
         stacks = {"o": self.o, "gate_up": self.gate_up, "down": self.down}
-        o, gate_up, down = (stack.opened(work.named(f"{name} weight")) for name, stack in stacks.items())
+        o, gate_up, down = (stack.opened(f"{name} weight", work.take) for name, stack in stacks.items())
         return o, gate_up, down
 
     def backward(
@@ -208,17 +203,18 @@ class FusedLayer:
         for s in slices(len(dx)):
             count, wide = s.stop - s.start, self.geometry.intermediate
             active, d_gate_up = work.take("active", count, wide), work.take("d_gate_up", count, 2 * wide)
+            d_active, d_normed = work.take("d_active", count, wide), work.take("d_normed", count, dx.shape[1])
             g = down.upstream(dx[s])
-            swiglu_backward(down.through(dx[s], g), kept.gate_up[s], active, d_gate_up)
+            swiglu_backward(down.through(dx[s], g, d_active), kept.gate_up[s], active, d_gate_up)
             grads_down.add(active, h_down[s], dx[s], g)
             normed = work.take("normed", count, dx.shape[1])
             rstd = self.mlp_norm.forward(kept.mid[s], normed)
             g = gate_up.upstream(d_gate_up)
             grads_gate_up.add(normed, h_gate_up[s], d_gate_up, g)
-            self.mlp_norm.backward(gate_up.through(d_gate_up, g), kept.mid[s], rstd, dx[s])
+            self.mlp_norm.backward(gate_up.through(d_gate_up, g, d_normed), kept.mid[s], rstd, dx[s])
             g = o.upstream(dx[s])
             grads_o.add(attended[s], h_o[s], dx[s], g)
-            d_attended[s] = o.through(dx[s], g)
+            o.through(dx[s], g, d_attended[s])
         for gradients in (grads_o, grads_gate_up, grads_down):
             gradients.collect(grads)
 
@@ -226,7 +222,7 @@ class FusedLayer:
         self, here: Pass, kept: Kept, d_qkv: Tensor, dx: Tensor, grads: dict[int, Tensor], wants_dx: bool
     ) -> None:
         geometry, gradients = self.geometry, StackGradients(self.qkv)
-        qkv = self.qkv.opened(here.work.named("qkv weight")) if wants_dx else self.qkv
+        qkv = self.qkv.opened("qkv weight", here.work.take) if wants_dx else self.qkv
         for s in slices(len(dx)):
             d_q_and_k = d_qkv[s, : geometry.q + geometry.k]
             rotate_(geometry.by_head(d_q_and_k), here.rope[0][s], here.rope[1][s], back=True)
@@ -238,7 +234,8 @@ class FusedLayer:
             g = qkv.upstream(d_qkv[s])
             gradients.add(normed, kept.thin[0][s], d_qkv[s], g)
             if wants_dx:
-                self.input_norm.backward(qkv.through(d_qkv[s], g), kept.x[s], rstd, dx[s])
+                d_normed = here.work.take("d_normed", s.stop - s.start, dx.shape[1])
+                self.input_norm.backward(qkv.through(d_qkv[s], g, d_normed), kept.x[s], rstd, dx[s])
         gradients.collect(grads)
 
 

@@ -27,7 +27,7 @@ class PackedLinear:
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> PackedLinear:
         """weights: each [out, in]; biases: each [out], or None."""
-        return cls(Panels(stacked(weights)), joined_bias([len(weight) for weight in weights], biases))
+        return cls(Panels.of(stacked(weights)), joined_bias([len(weight) for weight in weights], biases))
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """[rows, in] -> [rows, out], new, or added to `onto`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tunesmith.cpu.products import Panels, Thin, back_product, product
 from tunesmith.models.lora import LoraLinear, LoraWeights
 from tunesmith.models.packed import can_pack, joined_bias, page_out, stacked
-from tunesmith.models.quantised import QuantisedLinear, stack_matrices
+from tunesmith.models.quantised import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,6 @@ class _Member:
     def weight(self) -> Tensor:
         """[out, in]"""
         return self.linear.weight.detach()
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """A dequantised weight, for both directions."""
-
-    weight: Tensor  # [out, in]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight.t())
-
-    def backward(self, dy: Tensor) -> Tensor:
-        return torch.mm(dy, self.weight)
 
 
 class Stack:
@@ -65,29 +53,39 @@ class Stack:
             self.members.append(_Member(base, base.bias, weights, *columns))
             out, rank = out + width, rank + thin
         self.in_features, self.out_features, self.rank = linears[0].in_features, out, rank
-        self._whole: Panels | _Matrix | None = None  # all members' weights together
-        self._ups = self._downs = Panels(torch.empty(0, 0))  # beside panels: s B [out, rank], A^T [in, rank]
+        self._whole: Panels | None = None  # all members' weights together
+        self._beside: tuple[Panels, Panels] | None = None  # the adapter: s B [out, rank], A^T [in, rank]
         self.bias = joined_bias([m.linear.out_features for m in self.members], [m.bias for m in self.members])
         self.quantised = [m.linear for m in self.members if isinstance(m.linear, QuantisedLinear)]
+        if self.quantised:
+            assert len(self.quantised) == len(self.members), "a base is quantised whole"
+            self._make_room_beside(self.quantised[0].dtype)
 
     def pack(self) -> None:
         """Lay the weights out for fast products, where they can be: a copy that stands in for the weights."""
         if not self.quantised and all(can_pack(member.weight) for member in self.members):
             weights = [member.weight for member in self.members]
-            self._whole = Panels(stacked(weights))
-            self._ups = Panels(torch.zeros(self.out_features, self.rank))
-            self._downs = Panels(torch.zeros(self.in_features, self.rank))
+            self._whole = Panels.of(stacked(weights))
+            self._make_room_beside(torch.float32)
             for weight in weights:
                 page_out(weight)
 
-    def opened(self, scratch: Callable[[int, int], Tensor]) -> Stack:
-        """The stack as it is computed with. Quantised weights are dequantised into `scratch(out, in)`, once for all
-        slices of rows; such a stack holds until the next one takes the same memory."""
+    def _make_room_beside(self, dtype: torch.dtype) -> None:
+        zeros = partial(torch.zeros, dtype=dtype)
+        ups, downs = (Panels.empty(width, self.rank, zeros) for width in (self.out_features, self.in_features))
+        self._beside = ups, downs
+
+    def opened(self, name: str, take: Callable[[str, int, int], Tensor]) -> Stack:
+        """The stack as it is computed with. Quantised weights are dequantised, once for all slices of rows, into memory
+        of that name: `take(name, rows, width)`. Such a stack holds until the next one takes the same."""
         if not self.quantised:
             return self
-        assert len(self.quantised) == len(self.members), "a base is quantised whole"
         stack = copy(self)
-        stack._whole = _Matrix(stack_matrices(self.quantised, scratch(self.out_features, self.in_features)))
+        whole = Panels.empty(self.out_features, self.in_features, lambda numbers: take(name, 1, numbers)[0])
+        for member, linear in zip(self.members, self.quantised, strict=True):
+            matrix = linear.dequantise(out=take("matrix", linear.out_features, linear.in_features))
+            whole.write(member.out, slice(0, self.in_features), matrix)
+        stack._whole = whole
         return stack
 
     def down(self) -> Tensor:
@@ -98,48 +96,42 @@ class Stack:
     def lay_out_adapter(self) -> None:
         """Beside panels, as it is now: before a forward pass, whose backward uses it too. Safe in several threads: they
         write the same numbers."""
-        if not isinstance(self._whole, Panels):
+        if self._beside is None:
             return
+        ups, downs = self._beside
         for member in self.members:
             if member.adapter is not None:
-                self._ups.write(member.out, member.ranks, member.adapter.b.detach() * member.adapter.scaling)
-                self._downs.write(slice(0, self.in_features), member.ranks, member.adapter.a.detach().t())
+                ups.write(member.out, member.ranks, member.adapter.b.detach(), member.adapter.scaling)
+                downs.write(slice(0, self.in_features), member.ranks, member.adapter.a.detach().t())
 
     def forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """out = x (W + s B A)^T + bias (+ residual), and h = x A^T."""
         if self.rank:
             torch.mm(x, self.down().t(), out=h)
-        if isinstance(self._whole, Panels):
-            product(x, self._whole, out=out, added=residual, bias=self.bias, thin=self._thin(h, self._ups))
+        if self._whole is not None:
+            product(x, self._whole, out=out, added=residual, bias=self.bias, thin=self._thin(h, 0))
             return
-        y = out if self._whole is None else self._whole.forward(x)
         for member in self.members:
-            own = y[:, member.out]
-            if self._whole is None:
-                torch.mm(x, member.weight.t(), out=own)
+            own = out[:, member.out]
+            torch.mm(x, member.weight.t(), out=own)
             if member.bias is not None:
                 own += member.bias
             if member.adapter is not None:
                 own.addmm_(h[:, member.ranks], member.adapter.b.detach().t(), alpha=member.adapter.scaling)
         if residual is not None:
-            torch.add(y, residual, out=out)
-        elif y is not out:
-            out.copy_(y)
+            out += residual
 
-    def through(self, dy: Tensor, g: Tensor) -> Tensor:
-        """dx = dy W + g A, new."""
-        if isinstance(self._whole, Panels):
-            return back_product(dy, self._whole, thin=self._thin(g, self._downs))
+    def through(self, dy: Tensor, g: Tensor, dx: Tensor) -> Tensor:
+        """dx = dy W + g A, returned."""
         if self._whole is not None:
-            dx = self._whole.backward(dy)
-        else:
-            dx = dy.new_zeros(len(dy), self.in_features)
-            for member in self.members:
-                dx.addmm_(dy[:, member.out], member.weight)
+            return back_product(dy, self._whole, out=dx, thin=self._thin(g, 1))
+        dx.zero_()
+        for member in self.members:
+            dx.addmm_(dy[:, member.out], member.weight)
         return dx.addmm_(g, self.down()) if self.rank else dx
 
-    def _thin(self, h: Tensor, panels: Panels) -> Thin | None:
-        return (h, panels) if self.rank else None
+    def _thin(self, h: Tensor, which: int) -> Thin | None:
+        return None if self._beside is None or not self.rank else (h, self._beside[which])
 
     def upstream(self, dy: Tensor) -> Tensor:
         """g = s dy B."""
@@ -160,18 +152,23 @@ class StackGradients:
     def __init__(self, stack: Stack) -> None:
         self.learning = [(member, member.adapter) for member in stack.members if member.adapter is not None]
         like = self.learning[0][1].a if self.learning else torch.empty(0)
-        self.grad_a = like.new_zeros(stack.rank, stack.in_features)
-        self.grad_b = [adapter.b.new_zeros(adapter.b.t().shape) for _, adapter in self.learning]
+        self.grad_a = like.new_empty(stack.rank, stack.in_features)
+        self.grad_b = [adapter.b.new_empty(adapter.b.t().shape) for _, adapter in self.learning]
+        self._begun = 0  # whether there is anything to add to
 
     def add(self, x: Tensor, h: Tensor, dy: Tensor, g: Tensor) -> None:
         if not self.learning:
             return
         for (member, adapter), grad in zip(self.learning, self.grad_b, strict=True):
-            grad.addmm_(h[:, member.ranks].t(), dy[:, member.out], alpha=adapter.scaling)
-        self.grad_a.addmm_(g.t(), x)
+            grad.addmm_(h[:, member.ranks].t(), dy[:, member.out], beta=self._begun, alpha=adapter.scaling)
+        self.grad_a.addmm_(g.t(), x, beta=self._begun)
+        self._begun = 1
 
     def collect(self, into: dict[int, Tensor]) -> None:
         """File the gradients under their parameters' identities."""
+        if not self._begun:
+            for grad in (self.grad_a, *self.grad_b):
+                grad.zero_()
         for (member, adapter), grad in zip(self.learning, self.grad_b, strict=True):
             into[id(adapter.a)] = self.grad_a[member.ranks]
             into[id(adapter.b)] = grad.t()

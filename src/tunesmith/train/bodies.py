@@ -93,7 +93,7 @@ class FusedBody:
         self.decoder.pack()
         head = self.head
         if can_pack(head.weight) and not head.weight.requires_grad:
-            self._packed_head = replace(head, panels=Panels(head.weight.detach()))
+            self._packed_head = replace(head, panels=Panels.of(head.weight.detach()))
             page_out(head.weight)
 
     @property

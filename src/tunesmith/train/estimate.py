@@ -27,6 +27,7 @@ from tunesmith.types import TokenizedExample
 LARGEST_BUDGET = 2048  # tokens computed at a time, a longer row aside: beyond that products get no faster
 SAMPLED_STEPS = 40  # laid out to count tokens; the rest is as they are
 TRIAL_TOKENS = 512
+TRIALS = 2
 AUTO_SHARE = 0.8  # of the memory that is free
 ANSWERING_SHARE = 8  # an eighth of a stated limit
 PACKED_SHARE = 3  # a third of the memory
@@ -233,29 +234,30 @@ def _try(
     loss: Loss,
     annotate: Annotate | None,
 ) -> _Trial:
-    """A few rows of the first step, the second time they are run."""
+    """A few rows of the first step, several times; the first of them warms up."""
     count = layout.together
     trial = make_step(0, 0.0, first.examples[:count], layout)
     while trial.computed_tokens < TRIAL_TOKENS and count < len(first.examples):
         count += layout.together
         trial = make_step(0, 0.0, first.examples[:count], layout)
-    seconds = before = 0.0
-    for _ in range(2):
+    seconds, before = list[float](), list[float]()
+    for _ in range(1 + TRIALS):
         if annotate is not None:
             began = time.perf_counter()
             columns = annotate(body, trial.examples, layout, lambda done, total: None)
-            before = time.perf_counter() - began
+            before.append(time.perf_counter() - began)
             trial = make_step(0, 0.0, [*with_columns(trial.examples, columns)], layout)
         forget_peak(body.device)
         began = time.perf_counter()
         accumulate(body, trial, loss)
-        seconds = time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
     peak = peak_bytes(body.device)
     for parameter in parameters.values():
         parameter.grad = None
     body.rest()
     tokens = trial.computed_tokens
-    return _Trial(seconds / tokens, before / tokens, peak, _held([trial]))
+    step_rate, once_rate = (sum(each[1:]) / TRIALS / tokens for each in (seconds, before))
+    return _Trial(step_rate, once_rate, peak, _held([trial]))
 
 
 def _trained_bytes(parameters: Mapping[str, nn.Parameter]) -> int:

@@ -28,12 +28,14 @@ def side_by_side(jobs: Sequence[Callable[[], T]], lanes: int) -> Iterator[T]:
         yield from (job() for job in jobs)
         return
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    share = max(1, threads // lanes)
 
     def run(job: Callable[[], T]) -> T:
-        torch.set_num_threads(max(1, threads // lanes))
+        torch.set_num_threads(share)
         with torch.set_grad_enabled(grad):
             return job()
 
+    torch.set_num_threads(share)  # for what the caller does with a result: other lanes go on meanwhile
     try:
         yield from _pool(lanes).map(run, jobs)
     finally:

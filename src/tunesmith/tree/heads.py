@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from tunesmith.cpu import rowwise
 from tunesmith.cpu.products import Panels, back_product, product
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MB of float32: what stays in a cache, and an allocator gives again without new pages
@@ -157,8 +158,20 @@ def _slices(hidden: Tensor, head: Head, entries: Entries) -> Iterator[_Slice]:
 
 def _normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and maximum of each row, [rows, 1] both."""
+    if rowwise.usable(logits):
+        lse, top = (logits.new_empty(len(logits), 1) for _ in range(2))
+        rowwise.normalise(logits, lse, top)
+        return lse, top
     top = logits.amax(-1, keepdim=True)
     return torch.logsumexp(logits, -1, keepdim=True), top
+
+
+def _probabilities(logits: Tensor, lse: Tensor, factor: Tensor) -> Tensor:
+    """exp(logits - lse) * factor, where the logits were. lse and factor [rows, 1]."""
+    if rowwise.usable(logits):
+        rowwise.probabilities(logits, lse, factor)
+        return logits
+    return logits.sub_(lse).exp_().mul_(factor)
 
 
 class _Gradients:
@@ -179,7 +192,7 @@ class _Gradients:
         """`by_entry` [entries]: derivative of the loss by each log-probability. Overwrites the logits."""
         by_row = torch.zeros_like(lse).index_add_(0, here.rows, by_entry[:, None])
         capped = None if self.head.softcap is None else here.logits.clone()
-        grad = here.logits.sub_(lse).exp_().mul_(-by_row)
+        grad = _probabilities(here.logits, lse, -by_row)
         grad.index_put_((here.rows, here.targets), by_entry, accumulate=True)
         if capped is not None and self.head.softcap is not None:
             grad *= 1 - (capped / self.head.softcap).square_()
