@@ -20,7 +20,7 @@ from tunesmith.types import Item
 
 AT_ONCE = 96  # items in one call of the engine; rows are written after each
 FIRST_LOOK = 24  # then after 36, 54, 81, ...: half as many again
-DECIDED_BY = 0.10
+DECIDED_BY = 0.05  # no rule of the verdict asks for more
 SHOWN_INPUT = 4000  # characters of a question kept in items.jsonl, for the page
 DECIDED_CONFIDENCE = 0.999  # two-sided, so that looking several times keeps the error of stopping under 1%
 
@@ -49,7 +49,7 @@ def run_ladder(
     """Every contender's rows, contenders in the given order, items in the order of the file.
 
     `reference` (the tuned model) answers first and always in full. Another contender stops after 24, 36, 54, ...
-    items where its difference from the reference on the main scorer, on the same items, is below -10 points by its
+    items where its difference from the reference on the main scorer, on the same items, is below -5 points by its
     99.9% interval (Student's t): it has lost, and more items would only say by how much. Items are taken in an order
     shuffled by their ids, the same for all, so that what was answered is a fair sample.
     """
