@@ -109,8 +109,8 @@ class FusedDecoder:
 
     @property
     def dequantised_bytes(self) -> int:
-        """What a thread holds of quantised weights as numbers: one layer's, and the largest on
-        its way into panels. 0 where they are numbers anyway."""
+        """What a thread holds of quantised weights as numbers: one layer's, and the largest matrix on its way into
+        panels. 0 where they are numbers anyway."""
         layers = [[linear for stack in layer.stacks for linear in stack.quantised] for layer in self.layers]
         sizes = [[linear.out_features * linear.in_features for linear in linears] for linears in layers]
         return max(sum(each) + max(each, default=0) for each in sizes) * self.slabs.like.element_size()
