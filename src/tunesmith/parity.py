@@ -82,6 +82,7 @@ def publication_gate(
         lora.model.eval()
         lora.use(adapter)
         rows = [replace(row, logprobs=trainer_logprobs(body, row)) for row in sample_rows(ready)]
+        body.unpack()  # the engine has a copy of its own
         if not parallel.is_first():
             return
         if abilities.share:

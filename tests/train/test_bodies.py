@@ -1,5 +1,7 @@
 """The fused decoder against the model's own modules."""
 
+import weakref
+
 import pytest
 import torch
 import transformers as tf
@@ -156,6 +158,19 @@ def test_packing_takes_what_it_says_and_only_where_there_is_memory():
     for limit, packed in ((3 * fused.packed_bytes - 1, False), (10**12, True)):
         choose_layout(fused, parameters, make_step(0, 1.0, ROWS, Layout(1000)).examples, limit, share=True, pack=True)
         assert (fused.head.panels is not None) is packed
+
+
+def test_copies_of_the_weights_are_given_back_and_it_computes_on():
+    model = make_decoder("llama", torch.float32)
+    fused = make_body(model, adapted(model), "a")
+    step = make_step(0, 1.0, ROWS, Layout(1000))
+    expected, _ = accumulate(fused, step, sft, backward=False)
+    fused.pack()
+    packed = [weakref.ref(stack._whole) for layer in fused.decoder.layers for stack in layer.stacks]
+    packed.append(weakref.ref(fused.head.panels))
+    fused.unpack()
+    assert not any(each() for each in packed)
+    assert accumulate(fused, step, sft, backward=False)[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_at_rest_a_body_keeps_nothing_for_the_next_pass():

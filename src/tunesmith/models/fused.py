@@ -101,6 +101,12 @@ class FusedDecoder:
             for stack in layer.stacks:
                 stack.pack()
 
+    def unpack(self) -> None:
+        """Give the copies back: passes become slower."""
+        for layer in self.layers:
+            for stack in layer.stacks:
+                stack.unpack()
+
     @property
     def packed_bytes(self) -> int:
         """What `pack` costs."""

@@ -70,6 +70,11 @@ class Stack:
             for weight in weights:
                 page_out(weight)
 
+    def unpack(self) -> None:
+        """Give the copy back."""
+        if not self.quantised:
+            self._whole = self._beside = None
+
     def _make_room_beside(self, dtype: torch.dtype) -> None:
         zeros = partial(torch.zeros, dtype=dtype)
         ups, downs = (Panels.empty(width, self.rank, zeros) for width in (self.out_features, self.in_features))

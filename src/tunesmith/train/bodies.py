@@ -96,6 +96,11 @@ class FusedBody:
             self._packed_head = replace(head, panels=Panels.of(head.weight.detach()))
             page_out(head.weight)
 
+    def unpack(self) -> None:
+        self.decoder.unpack()
+        self._packed_head = None
+        self.rest()
+
     @property
     def packed_bytes(self) -> int:
         return self.decoder.packed_bytes + self.head.weight.numel() * self.head.weight.element_size()

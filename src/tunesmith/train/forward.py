@@ -51,6 +51,10 @@ class Body(Protocol):
         """Give back memory that is kept for the next pass."""
         ...
 
+    def unpack(self) -> None:
+        """Give back copies of the weights as well: passes become slower."""
+        ...
+
 
 class ModuleBody:
     """Any prepared model, through its own modules."""
@@ -78,6 +82,9 @@ class ModuleBody:
 
     def rest(self) -> None:
         trim_heap()
+
+    def unpack(self) -> None:
+        self.rest()
 
 
 @dataclass(frozen=True)
