@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 from math import isfinite
 from types import FrameType
@@ -48,8 +48,11 @@ class Watch:
         if self._asked_to_stop:
             raise KeyboardInterrupt
         self._asked_to_stop = True
-        with contextlib.suppress(RuntimeError):  # it may come in the middle of a line
-            self._reporter.say("finishing this step, then saving; a second signal stops at once")
+        words = "finishing this step, then saving; a second signal stops at once"
+        try:
+            self._reporter.say(words)
+        except RuntimeError:  # it came in the middle of a line, which no other can be written into
+            os.write(sys.stderr.fileno(), f"\n{words}\n".encode())
 
     def _step(self, metrics: StepMetrics) -> None:
         row = dataclasses.asdict(metrics)

@@ -51,7 +51,9 @@ def moments(chance: random.Random) -> dict[str, Callable[[Command, Path], None]]
 
 
 def until(command: Command, true: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 120
     while command.running and not true():
+        assert time.monotonic() < limit, f"waited two minutes; it said:\n{command.stderr}"
         time.sleep(0.0002)
 
 

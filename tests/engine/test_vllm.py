@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import LetterRenderer, build, engine_over
+from tiny import CONTEXT, LetterRenderer, build, engine_over
 from vllm_server import FakeVllm
 
 import tiny_llama
@@ -112,7 +112,7 @@ def test_what_is_asked_is_said_in_vllms_words(server: FakeVllm, engine: VllmEngi
     engine.generate([Request(prompt_ids=PROMPT, choice=["a", "b"], logit_bias={5: 1.0}, top_k=0)])
     body = server.seen[0]
     assert body["prompt"] == PROMPT
-    assert body["max_tokens"] == 200 - 3
+    assert body["max_tokens"] == CONTEXT - 3
     assert (body["top_k"], body["stop_token_ids"], body["ignore_eos"]) == (-1, [1], False)
     assert body["structured_outputs"] == {"choice": ["a", "b"]}
     assert body["logit_bias"] == {"5": 1.0}
@@ -141,8 +141,8 @@ def test_adapters_are_registered_by_content_and_taken_off_again(
     ("request_", "message"),
     [
         (Request(prompt_ids=[]), "prompt is empty"),
-        (Request(prompt_ids=[3] * 201), "has 201 tokens, but the base takes 200"),
-        (Request(prompt_ids=[3] * 200), "no room"),
+        (Request(prompt_ids=[3] * (CONTEXT + 1)), f"has {CONTEXT + 1} tokens, but the base takes {CONTEXT}"),
+        (Request(prompt_ids=[3] * CONTEXT), "no room"),
         (Request(prompt_ids=[3], adapter="nope"), 'no adapter "nope"'),
         (Request(prompt_ids=[97]), "token 97"),
         (Request(prompt_ids=[3], temperature=-1), "temperature"),
@@ -189,10 +189,9 @@ def test_chat_talks_through_the_server_unchanged(tmp_path: Path) -> None:
 
 def test_proving_asks_the_server_unchanged(engine: VllmEngine, adapter: Path) -> None:
     own = owning()
-    prompts = [Prompt(({"role": "user", "content": text},)) for text in ("hello", "two", "x" * 198)]
+    prompts = [Prompt(({"role": "user", "content": text},)) for text in ("hello", "two", "x" * (CONTEXT - 2))]
     replies = []
     for each in (own, engine):
-        each.context_length = 200
         each.add_adapter("a", adapter)
         replies.append(EngineModel(Weights(each, "a"), 6).answer(prompts))
     assert [(r.output, r.finish_reason, r.output_tokens, r.error is None) for r in replies[0]] == [

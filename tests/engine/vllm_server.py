@@ -45,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
-        base = {"id": "base", "object": "model", "root": "base", "parent": None, "max_model_len": 200}
+        longest = self.server.engine.context_length
+        base = {"id": "base", "object": "model", "root": "base", "parent": None, "max_model_len": longest}
         adapters = [{"id": name, "object": "model", "parent": "base"} for name in sorted(self.server.adapters)]
         self._reply(200, {"object": "list", "data": [base, *adapters]})
 
