@@ -45,6 +45,7 @@ from tunesmith.tree.layout import build_tree
 from tunesmith.types import Example, Message, TokenizedExample
 
 ROWS = 4  # answers that are compared
+LOOKED_AT = 1000  # rows among which they are looked for
 TOLERANCE, TOLERANCE_HALVED = 1e-3, 5e-2  # of a log-probability; where either side computed in 16 bits
 EFFECT = 1e-6  # an adapter that changes every log-probability by less does nothing: its weights are zero
 LIKELY_END = 0.05  # the stop token's probability after a whole answer, in the middle row
@@ -122,7 +123,7 @@ def verify(name: str) -> Parity:
 
 def sample_rows(ready: Prepared) -> list[Row]:
     """A few held-out rows spread over all (training rows where nothing is held out), the trainer's side still open."""
-    side = ready.split.held_out or ready.split.train
+    side = evenly(ready.split.held_out or ready.split.train, LOOKED_AT)
     rendered = Lazy(len(side), lambda i: _rendered(ready.renderer, side[i], ready.limit))
     fit = [i for i, row in enumerate(rendered) if len(row.prompt_ids) + len(row.answer_ids) <= ready.limit]
     return [rendered[i] for i in evenly(fit, ROWS)]

@@ -92,3 +92,24 @@ def test_what_cannot_be_seen_adds_nothing_however_large_it_is(kernels: Processor
     out = torch.empty(45, 1, 32)
     flash.forward(query, key, value, Sight(seen, kernels.columns), 0.2, out)
     torch.testing.assert_close(out[:25], dense(query[:25], key[:25], value[:25], branches(5, 20), 0.2))
+
+
+def test_attention_goes_on_over_other_keys(kernels: Processor, threads: int) -> None:
+    """A prefix after what is a row's own, some rows too far away to see it, is the same as both at once."""
+    rows, before, window = 2 * ROWS + 5, PIECE + 7, ROWS + 20
+    places = np.arange(before + rows)
+    reach = places + np.where(places < before, window, ALWAYS // 2)
+    seen = Seen(places[before:], places[before:], places, np.full(len(places), ALWAYS), reach)
+    query, key, value = (torch.randn(len(places), heads, 64) for heads in (6, 2, 2))
+    out = torch.empty(rows, 6, 64)
+    lse = flash.forward(query[before:], key[before:], value[before:], Sight(causal(rows), kernels.columns), 0.2, out)
+    ends = np.full(before, ALWAYS)
+    prefix = Seen(places[before:], places[before:], places[:before], ends, reach[:before])
+    sight = Sight(prefix, kernels.columns)
+    flash.forward(query[before:], key[:before], value[:before], sight, 0.2, out, lse, goes_on=True)
+    expected = torch.empty_like(out)
+    logs = flash.forward(query[before:], key, value, Sight(seen, kernels.columns), 0.2, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, logs, rtol=1e-5, atol=1e-5)
+    exact = dense(query[before:].double(), key.double(), value.double(), seen, 0.2)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)

@@ -8,17 +8,34 @@ import torch
 from tunesmith.cpu import thin
 from tunesmith.cpu.writing import Processor
 
+USES = {
+    "few": [((7, 2), 0, 1), ((3,), 1, 2), ((11, 0, 7), 3, 6)],  # row 2 has none
+    "many": [(range(i % 5), 2 * i, 2 * i + 1 + i % 2) for i in range(1, 20)],
+    "a long one": [((1,), 0, 1), (range(12), 1, 4), *[((i % 12,), i, i + 1) for i in range(4, 25)]],
+}
 
-@pytest.mark.parametrize(("linears", "inner", "out"), [(3, 64, 96), (1, 33, 20), (2, 100, 7)])
-def test_down_and_up(on: Processor | None, threads: int, linears: int, inner: int, out: int) -> None:
-    downs, ups = torch.randn(12, linears, inner), torch.randn(12, out)
-    ranks, owners = torch.tensor([7, 2, 3, 11, 0, 7]), torch.tensor([0, 0, 1, 3, 3, 3])  # row 2 has none
-    x, y = torch.randn(4, inner + 1)[:, 1:], torch.randn(4, out + 4)
-    expected = torch.einsum("eli,ei->le", downs[ranks].double(), x[owners].double())
-    low = thin.down(downs, ranks, owners, x)
-    torch.testing.assert_close(low.double(), expected, rtol=1e-4, atol=1e-4)
-    before, wanted = y.clone(), y.double()
-    wanted[:, 2 : 2 + out].index_add_(0, owners, low[0][:, None].double() * ups[ranks].double())
-    thin.up(ups, ranks, owners, low[0], y[:, 2 : 2 + out])
-    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
-    assert torch.equal(y[2], before[2])
+
+@pytest.mark.parametrize("what", USES)
+@pytest.mark.parametrize(("inner", "widths"), [(64, (96, 32, 32)), (33, (20,)), (100, (7, 40))])
+def test_down_and_up(on: Processor | None, threads: int, what: str, inner: int, widths: tuple[int, ...]) -> None:
+    uses, out = USES[what], sum(widths)
+    downs, ups, ends = torch.randn(12, len(widths), inner), torch.randn(12, out), torch.tensor(widths).cumsum(0)
+    x, y = torch.randn(40, inner + 1)[:, 1:], torch.randn(40, out + 4)
+    entries = thin.Entries(uses)
+    low = thin.down(downs, entries, x)
+    before, wanted, pairs = y.clone(), y.double()[:, 2 : 2 + out], 0
+    for ranks, start, stop in uses:
+        for rank in ranks:
+            own = torch.einsum("li,ri->lr", downs[rank].double(), x[start:stop].double())
+            found = low[:, pairs : (pairs := pairs + stop - start)]
+            torch.testing.assert_close(found.double(), own, rtol=1e-4, atol=1e-4)
+            parts = ups[rank].double().split(widths)
+            wanted[start:stop] += torch.cat([own[i, :, None] * part for i, part in enumerate(parts)], 1)
+    assert pairs == entries.pairs
+    thin.up(ups, ends, entries, low, y[:, 2 : 2 + out])
+    torch.testing.assert_close(y[:, 2 : 2 + out].double(), wanted, rtol=1e-4, atol=1e-4)
+    used = {row for _, start, stop in uses for row in range(start, stop)}
+    for row in set(range(40)) - used:
+        assert torch.equal(y[row], before[row])
+    assert torch.equal(y[:, :2], before[:, :2])
+    assert torch.equal(y[:, 2 + out :], before[:, 2 + out :])

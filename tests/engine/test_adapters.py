@@ -174,7 +174,7 @@ def test_adapters_beyond_the_memory_limit_are_loaded_when_asked_for(packed: bool
 def touched(tables: object) -> int:
     """Bytes of the fast body's tables."""
     projections = tables._projections
-    return sum(4 * table.numel() for p in projections for table in (p._downs, *p._ups))
+    return sum(4 * table.numel() for p in projections for table in (p._downs, p._ups))
 
 
 def test_a_thousand_adapters_take_no_more_memory_than_allowed_and_answer_as_alone(tmp_path: Path) -> None:

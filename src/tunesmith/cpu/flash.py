@@ -42,11 +42,23 @@ def look(seen: Seen) -> Sight:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: float, out: Tensor, lse: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sight: Sight,
+    scaling: float,
+    out: Tensor,
+    lse: Tensor | None = None,
+    *,
+    goes_on: bool = False,
 ) -> Tensor:
     """query [rows, heads, dim]; key and value [keys, kv_heads, dim], of any strides; fills out [rows, heads, dim] and
-    lse [rows, heads], the log-sum-exp of each row's scores, which is returned."""
+    lse [rows, heads], the log-sum-exp of each row's scores, which is returned.
+
+    goes_on  out and lse are of other keys, which these are added to; a row may then see none of them
+    """
     query, key, value = map(_lined_up, (query, key, value))
+    assert lse is not None or not goes_on
     lse = query.new_empty(query.shape[:2]) if lse is None else lse
     on = _checked(query, key, value, out, lse, sight)
     panels = _turned(on, key), _split(on, value)
@@ -57,6 +69,7 @@ def forward(
         out.data_ptr(),
         NUMBER * out.stride(0),
         lse.data_ptr(),
+        int(goes_on),
         *_sight_and_sizes(sight, query, key, scaling),
     )
     return lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,9 +177,10 @@ class Forward(Blocks):
 
     def __init__(self, on: Processor, dim: int) -> None:
         super().__init__(on, dim)
-        own, thread, threads = self.begin([*MATRIX, ADDRESS, ADDRESS, ADDRESS, LONG, ADDRESS])
-        query, (self.turned, self.split, self.out, self.out_step, self.lse) = own[:3], own[3:]
+        own, thread, threads = self.begin([*MATRIX, ADDRESS, ADDRESS, ADDRESS, LONG, ADDRESS, LONG])
+        query, (self.turned, self.split, self.out, self.out_step, self.lse, goes_on) = own[:3], own[3:]
         b = self.b
+        self.goes_on = b.icmp_signed("!=", goes_on, long(0))
         self.s, self.sums = scratch(b, ROWS * LINE), scratch(b, ROWS * self.size)
         self.largest, self.totals = scratch(b, ROWS * NUMBER), scratch(b, ROWS * NUMBER)
         first, last = share_of(b, b.mul(self.heads, self.blocks), thread, threads)
@@ -193,10 +195,12 @@ class Forward(Blocks):
         turned = at(b, self.turned, b.mul(kv_head, b.mul(self.panels, long(self.dim * self.line))))
         split = at(b, self.split, b.mul(kv_head, b.mul(self.keys, long(self.size))))
         with self.f.loop(long(0), count) as (row, _, _):
-            self.put(ir.Constant(FLOAT, LOWEST), self.largest, row)
-            self.put(ir.Constant(FLOAT, 0.0), self.totals, row)
-            for i in range(0, self.dim, self.on.width):
-                v.store(v.number(0.0), at(b, self.sums, b.mul(row, long(self.size))), long(i))
+            out, lse, sums = self.places_of(row, b.add(first, row), head)
+            with b.if_else(self.goes_on) as (more, new):
+                with more:  # what was summed up to here counts as one key, whose score is the log-sum-exp
+                    self.start(row, number_at(b, lse, long(0)), 1.0, sums, lambda i: v.load(out, long(i)))
+                with new:
+                    self.start(row, ir.Constant(FLOAT, LOWEST), 0.0, sums, lambda _: v.number(0.0))
 
         def add(run: Run) -> None:
             self.scores(q, count, turned, run, self.s)
@@ -208,6 +212,19 @@ class Forward(Blocks):
         self.runs(block, add)
         with self.f.loop(long(0), count) as (row, _, _):
             self.finish(row, b.add(first, row), head)
+
+    def places_of(self, row: Any, place: Any, head: Any) -> tuple[Any, Any, Any]:
+        """Where a row's output, its log-sum-exp and its sums are."""
+        b = self.b
+        out = at(b, self.out, b.add(b.mul(place, self.out_step), b.mul(head, long(self.size))))
+        lse = at(b, self.lse, b.mul(b.add(b.mul(place, self.heads), head), long(NUMBER)))
+        return out, lse, at(b, self.sums, b.mul(row, long(self.size)))
+
+    def start(self, row: Any, largest: Any, total: float, sums: Any, number: Callable[[int], Any]) -> None:
+        self.put(largest, self.largest, row)
+        self.put(ir.Constant(FLOAT, total), self.totals, row)
+        for i in range(0, self.dim, self.on.width):
+            self.v.store(number(i), sums, long(i))
 
     def weigh(self, row: Any, width: Any, sees: Any) -> None:
         """A row's scores become exponentials; what was summed before is made smaller where there is a larger score."""
@@ -241,10 +258,9 @@ class Forward(Blocks):
         b, v = self.b, self.v
         total = number_at(b, self.totals, row)
         log = b.call(declare(self.module, "llvm.log.f32", [FLOAT], FLOAT), [total])
-        self.put(b.fadd(number_at(b, self.largest, row), log), self.lse, b.add(b.mul(place, self.heads), head))
         factor = v.everywhere(b.fdiv(ir.Constant(FLOAT, 1.0), total))
-        out = at(b, self.out, b.add(b.mul(place, self.out_step), b.mul(head, long(self.size))))
-        sums = at(b, self.sums, b.mul(row, long(self.size)))
+        out, lse, sums = self.places_of(row, place, head)
+        self.put(b.fadd(number_at(b, self.largest, row), log), lse, long(0))
         for i in range(0, self.dim, self.on.width):
             v.store(b.fmul(v.load(sums, long(i)), factor), out, long(i))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.data.rows import Row
 from tunesmith.errors import InputError
+from tunesmith.home import offline
 from tunesmith.types import Source
 
 PREFIX = "hub:"
@@ -23,8 +23,8 @@ def hub_rows(address: str) -> Iterator[Row]:
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise InputError("a hub data set is written hub:owner/name:split", file=address)
-    if os.environ.get("TUNESMITH_OFFLINE") == "1":
-        raise InputError("TUNESMITH_OFFLINE=1 forbids fetching it; name a local file", file=address)
+    if offline():
+        raise InputError("TUNESMITH_OFFLINE forbids fetching it; name a local file", file=address)
     try:
         from datasets import load_dataset
     except ImportError:

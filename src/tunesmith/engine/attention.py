@@ -116,7 +116,10 @@ class CacheContext:
                 part = self._span(layer, span, rows, scaling, sliding_window, softcap)
                 out[here], lse[here] = part[0][0].transpose(0, 1), part[1][0].T
         for below in self.shared_nodes if alone else self.below:
-            self._merge(layer, below, query, out, lse, scaling, sliding_window, softcap)
+            if tiles:
+                self._merge_by_tiles(layer, below, query, out, lse, scaling, sliding_window)
+            else:
+                self._merge(layer, below, query, out, lse, scaling, sliding_window, softcap)
         return out[None]
 
     def _write(self, layer: int, key: Tensor, value: Tensor, alone: bool) -> None:
@@ -217,6 +220,24 @@ class CacheContext:
             self._sights[span.start, window] = flash.look(Seen(rows, rows, keys, ends, reach_of(keys, window)))
         keys, values = (side[layer][:, :stop].transpose(0, 1) for side in (span.store.keys, span.store.values))
         flash.forward(query[0].transpose(0, 1), keys, values, self._sights[span.start, window], scaling, out, lse)
+
+    def _merge_by_tiles(
+        self, layer: int, below: Below, query: Tensor, out: Tensor, lse: Tensor, scaling: float, window: int | None
+    ) -> None:
+        """The same as `_merge`, without a part of its own."""
+        node, rows = below.node, below.rows
+        if (node, window) not in self._sights:
+            places, keys = self.positions[rows].numpy(), np.arange(node.start, node.end)
+            begins, ends = np.zeros(len(keys)), np.full(len(keys), ALWAYS)
+            self._sights[node, window] = flash.look(Seen(places, places, begins, ends, reach_of(keys, window)))
+        keys, values = (side[layer].transpose(0, 1) for side in (node.kv.keys, node.kv.values))
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        side_by_side = last - first == len(rows)
+        where = slice(first, last) if side_by_side else rows
+        queries, sums, logs = query[0].transpose(0, 1)[where], out[where], lse[where]
+        flash.forward(queries, keys, values, self._sights[node, window], scaling, sums, logs, goes_on=True)
+        if not side_by_side:
+            out[rows], lse[rows] = sums, logs
 
     def _merge(
         self,

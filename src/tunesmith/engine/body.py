@@ -27,7 +27,7 @@ from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import LayerAttention, Listener, run_body
 
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
-FEW_ROWS = 4  # decoding rows to an adapter, below which they are taken one by one
+FEW_ROWS = 16  # decoding rows to an adapter, from which on products are worth their calls
 TRIED = 5  # tokens on which the bodies are compared
 MERGE_AFTER = 2048  # rows that one adapter must have had to itself before it is put into the weights
 
@@ -157,7 +157,7 @@ class PackedBody:
             self.tables.merge(whole)
 
     def _mix(self, segments: tuple[Segment, ...], decoding: int, whole: str | None) -> Mix:
-        """Decoding rows are taken one by one where there are few to an adapter."""
+        """Decoding rows are taken by the tables where there are few to an adapter."""
         runs = sum(start < decoding for _, start, _ in segments)
         singles = decoding if runs * FEW_ROWS > decoding else 0
         places = tuple(self.tables.places.get(name) for name, _, _ in segments)

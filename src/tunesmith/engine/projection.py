@@ -1,8 +1,9 @@
 """Linears with packed weights and any mix of adapters over them, for the engine's fast body.
 
 A step's rows use adapters in two ways. Runs of prompt tokens have many rows on one adapter: two thin products. Decoding
-rows have one row each on many adapters, where one product an adapter would be nearly all overhead. There all adapters'
-A and B lie row by row in one table each, and just the rows that are needed are read, whatever the ranks (cpu/thin.py).
+sequences have a row or a few guessed ones each on many adapters, where one product an adapter would be nearly all
+overhead. There all adapters' A and B lie row by row in one table each, and just the rows that are needed are read once,
+whatever the ranks (cpu/thin.py).
 
 DoRA is y = g (W x + s B A x) + bias: its B is put into the tables with g in it, and W x is multiplied beforehand.
 
@@ -76,10 +77,11 @@ class Mix:
 
     def __post_init__(self) -> None:
         self.names = frozenset(name for name, _ in self.singles)
-        # The singles' table rows, one after the other, and the single each belongs to.
-        self.table_rows = torch.tensor([row for _, place in self.singles for row in place.rows], dtype=torch.long)
-        ranks = torch.tensor([place.rank for _, place in self.singles], dtype=torch.long)
-        self.owners = torch.arange(len(self.singles)).repeat_interleave(ranks)
+        uses, start = [], 0
+        for _, same in itertools.groupby(self.singles):  # a sequence's guesses stand side by side
+            (_, place), *others = same
+            uses.append((place.rows, start, start := start + 1 + len(others)))
+        self.entries = thin.Entries(uses)
 
     @classmethod
     def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place], whole: str | None = None) -> Mix:
@@ -108,10 +110,11 @@ class Projection:
         widths = [base.out_features for base in bases]
         starts = torch.tensor([0, *widths]).cumsum(0).tolist()
         self._columns = [slice(start, start + width) for start, width in zip(starts, widths, strict=False)]
+        self._ends = torch.tensor(starts[1:])
         self._downs = torch.empty(
             0, len(linears), int(linears[0].in_features)
         )  # [room, linears, in]: rows of scaling * A
-        self._ups = [torch.empty(0, width) for width in widths]  # [room, out]: rows of B^T
+        self._ups = torch.empty(0, starts[-1])  # [room, sum of out]: rows of B^T
         self._names: set[str | None] = set()  # adapters that are not zero here
         self._gains: dict[str | None, Tensor] = {}  # g - 1 of those with DoRA, [sum of out]; zero where it has none
 
@@ -123,8 +126,7 @@ class Projection:
     def make_room(self, rows: int) -> None:
         """Tables of `rows` rows. What is not written is not touched, so it takes no memory."""
         self._downs = _longer(self._downs, rows)
-        for index, table in enumerate(self._ups):
-            self._ups[index] = _longer(table, rows)
+        self._ups = _longer(self._ups, rows)
 
     def put(self, name: str, place: Place) -> None:
         """Take an adapter over from the linears. Smaller ranks are filled up with zeros."""
@@ -136,7 +138,7 @@ class Projection:
         for index, weights in enumerate(found):
             if weights is None:  # beside others its rows are read
                 place.write(self._downs[:, index], None)
-                place.write(self._ups[index], None)
+                place.write(self._ups[:, self._columns[index]], None)
                 continue
             g: float | Tensor = 1.0
             if weights.magnitude is not None:
@@ -144,7 +146,7 @@ class Projection:
                 more[self._columns[index]] = g - 1
                 self._gains[name] = more
             place.write(self._downs[:, index], weights.a.detach(), weights.scaling)
-            place.write(self._ups[index], weights.b.detach().t(), g)
+            place.write(self._ups[:, self._columns[index]], weights.b.detach().t(), g)
 
     def drop(self, name: str) -> None:
         self._names.discard(name)
@@ -161,12 +163,12 @@ class Projection:
             self._merged = (name, self._packed)
             return
         weights, more = [], self._gains.get(name)
-        parts = zip(self._linears, self._ups, place.of(self._downs).unbind(1), self._columns, strict=True)
-        for linear, up, down, columns in parts:
+        ups = place.of(self._ups)
+        for linear, down, columns in zip(self._linears, place.of(self._downs).unbind(1), self._columns, strict=True):
             base = linear.base.weight if isinstance(linear, LoraLinear) else linear.weight
             if more is not None:
                 base = base * (1 + more[columns])[:, None]
-            weights.append(torch.addmm(base, place.of(up).t(), down))
+            weights.append(torch.addmm(base, ups[:, columns].t(), down))
         self._merged = (name, PackedLinear.of(weights, self._biases))
 
     def unmerge(self) -> None:
@@ -185,10 +187,11 @@ class Projection:
             if name in self._names:
                 down = place.of(self._downs).flatten(0, 1)  # [rank * linears, in]
                 low = torch.mm(x[start:stop], down.t()).unflatten(1, (place.rank, -1))
-                for own, columns, up in zip(low.unbind(2), self._columns, self._ups, strict=True):
-                    y[start:stop, columns].addmm_(own, place.of(up))
-        if len(mix.table_rows) and not self._names.isdisjoint(mix.names):
-            self._add_singles(x, y, mix)
+                ups = place.of(self._ups)
+                for own, columns in zip(low.unbind(2), self._columns, strict=True):
+                    y[start:stop, columns].addmm_(own, ups[:, columns])
+        if mix.entries.pairs and not self._names.isdisjoint(mix.names):
+            thin.up(self._ups, self._ends, mix.entries, thin.down(self._downs, mix.entries, x), y)
         return y
 
     def _multiply(self, y: Tensor, mix: Mix) -> None:
@@ -206,11 +209,6 @@ class Projection:
             part = y[rows]
             plain = part if bias is None else part - bias
             y[rows] = torch.addcmul(part, plain, torch.stack(list(gains.values())))
-
-    def _add_singles(self, x: Tensor, y: Tensor, mix: Mix) -> None:
-        low = thin.down(self._downs, mix.table_rows, mix.owners, x)
-        for own, columns, up in zip(low, self._columns, self._ups, strict=True):
-            thin.up(up, mix.table_rows, mix.owners, own, y[:, columns])
 
 
 def _longer(table: Tensor, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from tunesmith.errors import InputError
-from tunesmith.home import offline
+from tunesmith.models.fetch import refuse_if_offline
 from tunesmith.models.folders import check_folder
 
 # No code and no pickles: what is not asked for is never on this machine.
@@ -34,8 +34,7 @@ def snapshot(model: str, revision: str | None, cache: Path) -> tuple[Path, str]:
     stored = stored_snapshot(model, revision, cache)
     if stored is not None:
         return stored, stored.name
-    if offline():
-        raise InputError(f"{model} is not on this machine and TUNESMITH_OFFLINE forbids fetching it; unset it once")
+    refuse_if_offline(model)
     print(f"fetching {model} from the Hugging Face hub", file=sys.stderr, flush=True)
     try:
         folder = Path(
