@@ -236,7 +236,7 @@ class Forward(Blocks):
             if sees is not None:
                 score = b.select(sees(i), score, v.number(HIDDEN))
             v.store(score, s, i)
-            following[0] = v.call("maxnum", so_far[0], score)
+            following[0] = b.select(b.fcmp_ordered(">", score, so_far[0]), score, so_far[0])
         largest = v.largest(so_far[0])
         top, nothing = v.everywhere(largest), v.number(0.0)
         with f.loop(long(0), width, self.on.width, [nothing]) as (i, so_far, following):
@@ -251,8 +251,9 @@ class Forward(Blocks):
         total = b.fmul(number_at(b, self.totals, row), kept)
         self.put(b.fadd(total, v.total(so_far[0])), self.totals, row)
         sums = at(b, self.sums, b.mul(row, long(self.size)))
-        for i in range(0, self.dim, self.on.width):
-            v.store(b.fmul(v.load(sums, long(i)), v.everywhere(kept)), sums, long(i))
+        with b.if_then(b.fcmp_ordered("!=", before, largest)):
+            for i in range(0, self.dim, self.on.width):
+                v.store(b.fmul(v.load(sums, long(i)), v.everywhere(kept)), sums, long(i))
 
     def finish(self, row: Any, place: Any, head: Any) -> None:
         b, v = self.b, self.v

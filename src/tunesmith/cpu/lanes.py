@@ -15,6 +15,7 @@ from tunesmith.cpu.writing import FLOAT, INT, NUMBER, Function, Processor, at, d
 LN2 = (0.693359375, -2.12194440e-4)
 POWERS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 SMALLEST, LARGEST = -87.3, 88.3  # where float32 ends
+ROUNDS = 1.5 * 2**23  # added to a number leaves it rounded, as an integer in the lowest bits
 
 
 class Lanes:
@@ -64,15 +65,15 @@ class Lanes:
     def exp(self, x: Any) -> Any:
         """2^n e^r, with x = n ln(2) + r."""
         x = self.call("minnum", self.call("maxnum", x, self.number(SMALLEST)), self.number(LARGEST))
-        n = self.call("rint", self.b.fmul(x, self.number(1.4426950408889634)))
+        rounded = self.multiply_add(x, self.number(1.4426950408889634), self.number(ROUNDS))
+        n = self.b.fsub(rounded, self.number(ROUNDS))
         r = self.multiply_add(n, self.number(-LN2[1]), self.multiply_add(n, self.number(-LN2[0]), x))
         power = self.number(POWERS[0])
         for factor in POWERS[1:]:
             power = self.multiply_add(power, r, self.number(factor))
         power = self.multiply_add(power, self.b.fmul(r, r), self.b.fadd(r, self.number(1.0)))
-        exponent = self.b.add(self.b.fptosi(n, self.whole), ir.Constant(self.whole, [127] * self.count))
-        scale = self.b.bitcast(self.b.shl(exponent, ir.Constant(self.whole, [23] * self.count)), self.kind)
-        return self.b.fmul(power, scale)
+        exponent = self.b.shl(self.b.bitcast(rounded, self.whole), ir.Constant(self.whole, [23] * self.count))
+        return self.b.bitcast(self.b.add(self.b.bitcast(power, self.whole), exponent), self.kind)
 
     def sigmoid(self, x: Any) -> Any:
         one = self.number(1.0)

@@ -228,7 +228,7 @@ class CacheContext:
         node, rows = below.node, below.rows
         if (node, window) not in self._sights:
             places, keys = self.positions[rows].numpy(), np.arange(node.start, node.end)
-            begins, ends = np.zeros(len(keys)), np.full(len(keys), ALWAYS)
+            begins, ends = np.zeros_like(keys), np.full(len(keys), ALWAYS)
             self._sights[node, window] = flash.look(Seen(places, places, begins, ends, reach_of(keys, window)))
         keys, values = (side[layer].transpose(0, 1) for side in (node.kv.keys, node.kv.values))
         first, last = int(rows[0]), int(rows[-1]) + 1
