@@ -48,12 +48,12 @@ class Entries:
     def __init__(self, uses: Iterable[tuple[Iterable[int], int, int]]) -> None:
         """uses: an adapter's rows of the tables, and the first and one past the last row of x that use it."""
         found: list[tuple[int, int, int, int]] = []  # table row, first row of x, how many, their place among all pairs
-        self.uses = self.pairs = 0
+        self.pairs = 0
         for ranks, start, stop in uses:
-            self.uses += 1
             for rank in ranks:
                 found.append((rank, start, stop - start, self.pairs))
                 self.pairs += stop - start
+        self.uses = len({start for _, start, _, _ in found})  # of those that have ranks
         self.table = torch.tensor(found, dtype=torch.long).reshape(-1, 4)
 
     def each(self) -> tuple[Tensor, Tensor]:

@@ -78,9 +78,10 @@ class Mix:
     def __post_init__(self) -> None:
         self.names = frozenset(name for name, _ in self.singles)
         uses, start = [], 0
-        for _, same in itertools.groupby(self.singles):  # a sequence's guesses stand side by side
-            (_, place), *others = same
-            uses.append((place.rows, start, start := start + 1 + len(others)))
+        for (_, place), same in itertools.groupby(self.singles):  # a sequence's guesses stand side by side
+            stop = start + len(list(same))
+            uses.append((place.rows, start, stop))
+            start = stop
         self.entries = thin.Entries(uses)
 
     @classmethod
