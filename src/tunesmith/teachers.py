@@ -111,13 +111,20 @@ def _likeliest(
 
 def _refuse_other_vocabulary(base: LoadedBase, teacher: LoadedBase, name: str) -> None:
     """Raises InputError where a token id means another text to the teacher, or texts are cut up otherwise."""
-    mine, theirs = _pieces(base.tokenizer), _pieces(teacher.tokenizer)
-    if mine == theirs and base.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
+    mine, theirs = base.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    same_pieces = _pieces(base.tokenizer) == _pieces(teacher.tokenizer)
+    if same_pieces and mine == theirs:
         return
+    if same_pieces and mine.items() > theirs.items():
+        new = sorted(mine.keys() - theirs.keys(), key=mine.__getitem__)
+        raise InputError(
+            f'objective.teacher "{name}" does not know {", ".join(new)}, which the chat template brought; set '
+            "base.chat_template: plain, which needs no new token"
+        )
     raise InputError(
-        f'objective.teacher "{name}" has another vocabulary than {base.name} ({len(teacher.tokenizer):,} and '
-        f"{len(base.tokenizer):,} tokens), so its distributions say nothing to it; name a teacher of the same family, "
-        "or serve this one and name it as MODEL@URL"
+        f'objective.teacher "{name}" has another vocabulary than {base.name} ({len(theirs):,} and {len(mine):,} tokens), '
+        "so its distributions say nothing to it; name a teacher of the same family, or serve this one and name it as "
+        "MODEL@URL"
     )
 
 

@@ -149,3 +149,12 @@ def test_what_cannot_be_a_template_is_a_sentence(tmp_path: Path) -> None:
     ends = recipe(tmp_path, base, adapter={"target_modules": ["lm_head"]})
     with pytest.raises(InputError, match="need for themselves"):
         tunesmith.train(ends, tmp_path / "run")
+
+
+def test_a_teacher_that_does_not_know_the_templates_tokens_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    base = raw_base(tmp_path, tied=True)
+    objective = {"kind": "distill", "teacher": str(base)}
+    with pytest.raises(InputError, match=r"does not know <\|im_start\|>, <\|im_end\|>,.*chat_template: plain"):
+        tunesmith.train(recipe(tmp_path, base, steps=1, objective=objective), tmp_path / "refused")
+    run = tunesmith.train(recipe(tmp_path, base, 1, "plain", objective=objective), tmp_path / "taught")
+    assert run.adapter.is_dir()

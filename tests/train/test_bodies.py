@@ -117,6 +117,16 @@ def test_dropout_and_magnitudes_go_through_the_modules(keys):
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 
+@pytest.mark.parametrize(("targets", "layers"), [("all", 2), ("upper layer", 1), ("ends", 2)])
+def test_layers_below_the_lowest_that_learns_keep_nothing(targets, layers):
+    model = make_decoder("llama")
+    fused = make_body(model, adapted(model, TARGETS[targets]), "a")
+    accumulate(fused, make_step(0, 1.0, ROWS, Layout(1000)), sft)
+    (slabs,) = fused.decoder.slabs.free
+    assert {len(slab) for slab in slabs} == {layers}
+    assert sum(slab.nbytes for slab in slabs) == slabs[0].shape[1] * fused.decoder.bytes_per_token
+
+
 def test_evaluation_keeps_nothing():
     model = make_decoder("llama")
     lora = adapted(model)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.models.embedding import LoraEmbedding
 from tunesmith.models.fused_layer import Attention, FusedLayer, Geometry, Kept, Pass, Workspace
 from tunesmith.models.fused_ops import norm_of
 from tunesmith.models.lora import LoraLinear
@@ -40,7 +41,7 @@ class Held:
 
 
 class Slabs:
-    """Memory for every layer's `Kept`, given back by the backward: its pages are touched once a run."""
+    """Memory for so many layers' `Kept`, given back by the backward: its pages are touched once a run."""
 
     def __init__(self, widths: Sequence[int], layers: int, like: Tensor) -> None:
         self.widths, self.layers, self.like = widths, layers, like
@@ -64,29 +65,31 @@ class Slabs:
 
 
 class FusedDecoder:
-    """The body of a model whose every linear is a LoraLinear, with one adapter over it. Float32 or float64, CPU."""
+    """The body of a model whose every linear is a LoraLinear, with one adapter over it. Float32 or float64, CPU.
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[FusedLayer]) -> None:
+    first  the lowest layer that a gradient has to reach; those below it keep nothing for the backward.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[FusedLayer], first: int) -> None:
         body: Any = model.base_model
-        self.model, self.layers = model, list(layers)
+        self.model, self.layers, self.first = model, list(layers), first
         self.embedding, self.rotary = body.embed_tokens, body.rotary_emb
         self.norm = norm_of(body.norm)
         self._own = threading.local()
         like = body.norm.weight.detach()
-        first = self.layers[0]
-        self.geometry, self.hidden = first.geometry, first.qkv.in_features
-        raw = first.geometry.q + first.geometry.k if first.head_norms else 0
+        any_layer = self.layers[0]
+        self.geometry, self.hidden = any_layer.geometry, any_layer.qkv.in_features
+        raw = self.geometry.q + self.geometry.k if any_layer.head_norms else 0
         widths = (
             self.hidden,
             raw,
-            first.qkv.out_features,
-            first.geometry.q,
+            any_layer.qkv.out_features,
+            self.geometry.q,
             self.hidden,
-            2 * first.geometry.intermediate,
+            2 * self.geometry.intermediate,
             max(sum(stack.rank for stack in layer.stacks) for layer in self.layers),
         )
-        self.slabs, self.one_layer = Slabs(widths, len(self.layers), like), Slabs(widths, 1, like)
-        self.lowest = next((layer.index for layer in self.layers if layer.learns), len(self.layers))
+        self.slabs, self.one_layer = Slabs(widths, len(self.layers) - first, like), Slabs(widths, 1, like)
 
     @property
     def work(self) -> Workspace:
@@ -124,7 +127,7 @@ class FusedDecoder:
     @property
     def bytes_per_token(self) -> int:
         """What a token keeps in memory between forward and backward."""
-        return len(self.layers) * sum(self.slabs.widths) * self.slabs.like.element_size()
+        return self.slabs.layers * sum(self.slabs.widths) * self.slabs.like.element_size()
 
     @torch.no_grad()
     def forward(
@@ -132,47 +135,48 @@ class FusedDecoder:
     ) -> tuple[Tensor, Held | None]:
         """Normalised hidden states of `rows` [rows, hidden]; with `keep` also what `backward` wants.
 
-        x [tokens, hidden] are the tokens' embeddings, overwritten unless `keep`.
+        x [tokens, hidden] are the tokens' embeddings, overwritten unless `keep` and `first` is 0.
         """
-        tokens = len(x)
+        tokens, first = len(x), self.first if keep else len(self.layers)
         context = Pass(self._rope(x, position_ids), attention, self.work)
-        pool = self.slabs if keep else self.one_layer
-        slabs, kept = pool.take(tokens), list[Kept]()
-        if keep:
-            slabs[0][0, :tokens] = x
-            x = slabs[0][0, :tokens]
+        passing = self.one_layer.take(tokens) if first else []
+        slabs, kept = self.slabs.take(tokens) if keep else [], list[Kept]()
         last = x.new_empty(len(rows), self.hidden)
         for layer in self.layers:
-            final, slot = layer is self.layers[-1], layer.index if keep else 0
+            final, slot = layer is self.layers[-1], layer.index - first
+            if slot == 0:
+                x = slabs[0][0, :tokens].copy_(x)
             tail = len(rows) if final else tokens
-            _, raw, qkv, attended, mid, gate_up, thin = (slab[slot, :tokens] for slab in slabs)
+            _, raw, qkv, attended, mid, gate_up, thin = (
+                slab[max(slot, 0), :tokens] for slab in (passing if slot < 0 else slabs)
+            )
             here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail], layer.by_stack(thin, tail))
-            x_next = last if final else slabs[0][layer.index + 1, :tokens] if keep else x
+            x_next = last if final else x if slot < 0 else slabs[0][slot + 1, :tokens]
             layer.forward(context, here, x_next, rows if final else None)
-            kept.append(here)
+            if slot >= 0:
+                kept.append(here)
             x = x_next
+        if first:
+            self.one_layer.give(passing)
         hidden = torch.empty_like(last)
         self.norm.forward(last, hidden)
-        if keep:
-            return hidden, Held(kept, last, rows, context, slabs)
-        pool.give(slabs)
-        return hidden, None
+        return hidden, Held(kept, last, rows, context, slabs) if keep else None
 
     @torch.no_grad()
     def backward(
         self, held: Held, d_hidden: Tensor | None, *, wants_x: bool = False
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """Gradients of the adapter's parameters, by the parameters' ids, and where it is wanted of x. Spends `held`."""
+        assert not wants_x or self.first == 0, "the embedding learns unforeseen"
         grads: dict[int, Tensor] = {}
-        lowest = 0 if wants_x else self.lowest
         dx = torch.zeros_like(held.last)
         if d_hidden is not None:
             rstd = self.norm.forward(held.last, torch.empty_like(held.last))
             self.norm.backward(d_hidden.clone(), held.last, rstd, dx)
-        for layer in reversed(self.layers[lowest:]):
-            rows = held.rows if layer is self.layers[-1] else None
-            wants_dx = wants_x or layer.index > lowest
-            dx = layer.backward(held.context, held.kept[layer.index], dx, grads, rows=rows, wants_dx=wants_dx)
+        for layer in reversed(self.layers[self.first :]):
+            rows, kept = held.rows if layer is self.layers[-1] else None, held.kept[layer.index - self.first]
+            wants_dx = wants_x or layer.index > self.first
+            dx = layer.backward(held.context, kept, dx, grads, rows=rows, wants_dx=wants_dx)
         self.slabs.give(held.slabs)
         return grads, dx if wants_x else None
 
@@ -192,7 +196,12 @@ def fuse(model: PreTrainedModel, adapter: str) -> FusedDecoder | None:
     same = {(layer.geometry, layer.head_norms is None) for layer in found}
     if len(found) != len(layers) or len(same) != 1 or not hasattr(body.norm, "variance_epsilon"):
         return None
-    return FusedDecoder(model, found)
+    embedding = body.embed_tokens
+    if isinstance(embedding, LoraEmbedding) and (adapter in embedding.adapters or adapter in embedding.tokens):
+        first = 0
+    else:
+        first = next((layer.index for layer in found if layer.learns), len(found))
+    return FusedDecoder(model, found, first)
 
 
 def _fuse_layer(index: int, layer: Any, adapter: str) -> FusedLayer | None:
