@@ -122,9 +122,9 @@ def _refuse_other_vocabulary(base: LoadedBase, teacher: LoadedBase, name: str) -
             "base.chat_template: plain, which needs no new token"
         )
     raise InputError(
-        f'objective.teacher "{name}" has another vocabulary than {base.name} ({len(theirs):,} and {len(mine):,} tokens), '
-        "so its distributions say nothing to it; name a teacher of the same family, or serve this one and name it as "
-        "MODEL@URL"
+        f'objective.teacher "{name}" has another vocabulary than {base.name} ({len(theirs):,} and {len(mine):,} '
+        "tokens), so its distributions say nothing to it; name a teacher of the same family, or serve this one and "
+        "name it as MODEL@URL"
     )
 
 
