@@ -241,7 +241,8 @@ def _loss_sentence(run: Run) -> str:
 def compare(a: str, b: str, *, page: Path | None = None) -> Comparison:
     """Two proved runs side by side, paired on the items both answered; `page` gets it as HTML. Raises InputError."""
     reports = [report_from_items(find_run(name).items) for name in (a, b)]
-    comparison = compare_reports(*reports, names=(a, b))
+    short = Path(a).name, Path(b).name
+    comparison = compare_reports(*reports, names=short if short[0] != short[1] else (a, b))
     if page is not None:
         if page.exists():
             raise InputError("there is something here already; name a new file", file=page)

@@ -12,6 +12,7 @@ from contract import ITEM_FIELDS
 from fakes import FakeEngine, chat_row
 from tunesmith.data.lazy import evenly
 from tunesmith.errors import InputError
+from tunesmith.pipeline import compare
 from tunesmith.prove.answering import Weights
 from tunesmith.prove.compare import compare_reports
 from tunesmith.prove.compare_page import render_comparison
@@ -21,6 +22,7 @@ from tunesmith.prove.rows import read_rows
 from tunesmith.prove.sample import score_sample
 from tunesmith.prove.scorers import exact_match
 from tunesmith.recipe import Data, Prove, Recipe
+from tunesmith.store.runs import Run
 
 CITIES = ["Rome", "Oslo", "Lima", "Cairo"]
 
@@ -292,6 +294,17 @@ def test_runs_are_compared_item_by_item(tmp_path):
     page = render_comparison(replace(comparison, a="<script>a"))
     assert "<script>" not in page
     assert "on the 120 held-out items both answered" in page
+
+
+def test_runs_named_by_folder_go_by_its_last_part_where_that_tells_them_apart(tmp_path):
+    one, two, namesake = (tmp_path / name for name in ("one", "two", "more/one"))
+    for folder in (one, two, namesake):
+        folder.mkdir(parents=True)
+        prove(folder, {"few_shot": 0.4, "tuned": 0.95})
+        Run(folder).recipe.touch()
+    apart, alike = compare(str(one), str(two)), compare(str(one), str(namesake))
+    assert (apart.a, apart.b) == ("one", "two")
+    assert (alike.a, alike.b) == (str(one), str(namesake))
 
 
 def test_a_sample_is_scored_during_training():
