@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import sys
 import threading
 import tracemalloc
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ import torch
 from tiny import CONTEXT, greedy, rival, tiny_engine
 
 from tunesmith.engine import completer, core, speculation
+from tunesmith.engine.cache import KvSpec, LayerShape, Slots
 from tunesmith.engine.request import BusyError, Request
 from tunesmith.errors import InputError
+from tunesmith.models.memory import resident_bytes
 
 SMALL = 4 * 2 * 2 * 8 * 4 * 64 * 6  # bytes: 6 slots of 64 tokens of the tiny llama
 
@@ -249,3 +252,15 @@ def test_nothing_cached_is_evicted_to_make_slots_roomier_than_they_need_be() -> 
     it.memory_limit *= 10
     assert it._reserve_to_grow(2, 320, 0)
     assert it.slots.room > 320
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
+def test_room_in_slots_takes_memory_only_where_it_is_used_and_holds_zeros() -> None:
+    spec = KvSpec([LayerShape(4, 64, 64)] * 8, torch.float32, torch.device("cpu"))
+    slots, before = Slots(spec), resident_bytes()
+    slots.resize(32, 512)
+    slots.kv.keys[3][2, :, :7] = 1.0
+    assert slots.bytes == 256 << 20
+    assert resident_bytes() - before < 8 << 20
+    assert float(slots.kv.keys[3].sum()) == 4 * 7 * 64
+    assert not slots.kv.values[7].any()

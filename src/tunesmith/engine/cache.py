@@ -11,6 +11,8 @@ slot of one big tensor, so that a step of many sequences is one batched attentio
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 Tokens = npt.NDArray[np.int32]
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,14 @@ class KvSpec:
         self.bytes_per_token = numbers * torch.empty(0, dtype=dtype).element_size()
 
     def empty(self, tokens: int, *leading: int) -> KeyValues:
-        """Uninitialised room for `tokens` tokens (in each of `leading` slots)."""
-
-        def room(heads: int, dim: int) -> Tensor:
-            return torch.empty(*leading, heads, tokens, dim, dtype=self.dtype, device=self.device)
-
-        return KeyValues(
-            [room(shape.kv_heads, shape.key_dim) for shape in self.layers],
-            [room(shape.kv_heads, shape.value_dim) for shape in self.layers],
-        )
+        """Uninitialised room for `tokens` tokens (in each of `leading` slots), all layers in one piece of memory: new
+        pages cost more in many small ones."""
+        keys = [(*leading, shape.kv_heads, tokens, shape.key_dim) for shape in self.layers]
+        values = [(*leading, shape.kv_heads, tokens, shape.value_dim) for shape in self.layers]
+        sizes = [math.prod(shape) for shape in (*keys, *values)]
+        pieces = torch.empty(sum(sizes), dtype=self.dtype, device=self.device).split(sizes)
+        rooms = [piece.view(shape) for piece, shape in zip(pieces, (*keys, *values), strict=True)]
+        return KeyValues(rooms[: len(keys)], rooms[len(keys) :])
 
 
 class Node:
@@ -230,8 +232,7 @@ class Slots:
         slots, tokens = min(count, self.count), min(room, self.room)
         for tensors in (self.kv.keys, self.kv.values):
             for layer, before in enumerate(tensors):
-                # Zeros, because masked keys must still be numbers; the system hands out zeroed pages when touched.
-                fresh = before.new_zeros(count, before.shape[1], room, before.shape[3])
+                fresh = _zeros(before, count, before.shape[1], room, before.shape[3])
                 fresh[:slots, :, :tokens] = before[:slots, :, :tokens]
                 tensors[layer] = fresh  # one layer at a time: the old one is freed before the next is made
         self.count, self.room, self.version = count, room, self.version + 1
@@ -239,6 +240,16 @@ class Slots:
     def slot(self, index: int) -> KeyValues:
         """One slot's keys and values, views."""
         return KeyValues([t[index] for t in self.kv.keys], [t[index] for t in self.kv.values])
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros, because masked keys must still be numbers. On a CPU in memory of its own from the system, whose pages are
+    made when they are first touched: room that nobody uses takes neither time nor memory. torch would write to all of
+    it."""
+    if like.device.type != "cpu" or not math.prod(shape):
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.frombuffer(mmap.mmap(-1, size, **PRIVATE), dtype=like.dtype).view(shape)
 
 
 def shared_length(a: Tokens, b: Tokens) -> int:
