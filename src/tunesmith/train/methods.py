@@ -59,9 +59,7 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "cpt": lambda keys: near_base(Method(sft, ("text",), pieces=True), keys.kl_to_base),
     "dpo": lambda keys: Method(dpo(keys.beta), ("preference",), annotate=reference, lr_times=DPO_LR),
     "orpo": lambda keys: Method(orpo(keys.beta), ("preference",)),
-    "kto": lambda keys: Method(
-        kto(keys.beta), ("preference",), strangers=True, annotate=reference, lr_times=KTO_LR
-    ),
+    "kto": lambda keys: Method(kto(keys.beta), ("preference",), strangers=True, annotate=reference, lr_times=KTO_LR),
     "compress": lambda _: Method(distillation(1.0), ("chat", "input"), taught=True),
     "distill": lambda keys: near_base(
         Method(sft if is_endpoint(keys.teacher) else distillation(keys.kl_share), ("chat", "input"), taught=True),
