@@ -115,8 +115,12 @@ def _refuse_other_vocabulary(base: LoadedBase, teacher: LoadedBase, name: str) -
     same_pieces = _pieces(base.tokenizer) == _pieces(teacher.tokenizer)
     if same_pieces and mine == theirs:
         return
-    if same_pieces and mine.items() > theirs.items():
-        new = sorted(mine.keys() - theirs.keys(), key=mine.__getitem__)
+    new = sorted(mine.keys() - theirs.keys(), key=mine.__getitem__)
+    if (
+        same_pieces
+        and mine.items() > theirs.items()
+        and {mine[token] for token in new} <= {*(base.template_tokens or ())}
+    ):
         raise InputError(
             f'objective.teacher "{name}" does not know {", ".join(new)}, which the chat template brought; set '
             "base.chat_template: plain, which needs no new token"

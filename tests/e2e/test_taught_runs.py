@@ -193,6 +193,9 @@ def test_a_teacher_of_another_vocabulary_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"another vocabulary than .*258 and 257 tokens.*MODEL@URL"):
         tunesmith.train(recipe(folder, f"{{kind: distill, teacher: {folder / 'other'}}}"), folder / "refused")
     assert not Run(folder / "refused").exists()
+    student = recipe(folder, f"{{kind: distill, teacher: {folder / 'base'}}}", f"base={folder / 'other'}")
+    with pytest.raises(InputError, match=r"another vocabulary than .*257 and 258 tokens.*MODEL@URL"):
+        tunesmith.train(student, folder / "refused")
 
 
 @pytest.fixture

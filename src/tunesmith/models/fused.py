@@ -33,7 +33,7 @@ BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 class Held:
     """A forward pass on its way to its backward."""
 
-    kept: list[Kept]
+    kept: list[Kept]  # of the layers from the decoder's `first` on
     last: Tensor  # [rows, hidden] before the final norm
     rows: Tensor
     context: Pass
@@ -143,17 +143,16 @@ class FusedDecoder:
         slabs, kept = self.slabs.take(tokens) if keep else [], list[Kept]()
         last = x.new_empty(len(rows), self.hidden)
         for layer in self.layers:
-            final, slot = layer is self.layers[-1], layer.index - first
-            if slot == 0:
+            final, keeps = layer is self.layers[-1], layer.index >= first
+            memory, slot = (slabs, layer.index - first) if keeps else (passing, 0)
+            if layer.index == first:
                 x = slabs[0][0, :tokens].copy_(x)
             tail = len(rows) if final else tokens
-            _, raw, qkv, attended, mid, gate_up, thin = (
-                slab[max(slot, 0), :tokens] for slab in (passing if slot < 0 else slabs)
-            )
+            _, raw, qkv, attended, mid, gate_up, thin = (slab[slot, :tokens] for slab in memory)
             here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail], layer.by_stack(thin, tail))
-            x_next = last if final else x if slot < 0 else slabs[0][slot + 1, :tokens]
+            x_next = last if final else slabs[0][slot + 1, :tokens] if keeps else x
             layer.forward(context, here, x_next, rows if final else None)
-            if slot >= 0:
+            if keeps:
                 kept.append(here)
             x = x_next
         if first:
@@ -173,8 +172,8 @@ class FusedDecoder:
         if d_hidden is not None:
             rstd = self.norm.forward(held.last, torch.empty_like(held.last))
             self.norm.backward(d_hidden.clone(), held.last, rstd, dx)
-        for layer in reversed(self.layers[self.first :]):
-            rows, kept = held.rows if layer is self.layers[-1] else None, held.kept[layer.index - self.first]
+        for layer, kept in reversed([*zip(self.layers[self.first :], held.kept, strict=True)]):
+            rows = held.rows if layer is self.layers[-1] else None
             wants_dx = wants_x or layer.index > self.first
             dx = layer.backward(held.context, kept, dx, grads, rows=rows, wants_dx=wants_dx)
         self.slabs.give(held.slabs)
