@@ -39,7 +39,8 @@ from tunesmith.cpu.writing import (
     share_of,
 )
 
-UNROLLED = 2  # steps along the inner dimension between two looks at its end
+# Products of vectors in a loop's body: of more, LLVM loads numbers so early that sums no longer fit into the registers.
+BODY = 24
 DEPTH = 1024  # of the inner dimension, that a panel turned over has at a time: it stays in the second cache
 NOWHERE = ir.Constant(ADDRESS, None)
 
@@ -101,9 +102,10 @@ def walk(
     """
     (x, x_row, x_step), (w, w_step), b = left, right, f.builder
     count, v = len(sums) // on.vectors, Lanes(f, on.width)
-    whole = b.and_(inner, long(-UNROLLED))
+    unrolled = 1 << (max(1, BODY // len(sums)).bit_length() - 1)  # steps between two looks at the end
+    whole = b.and_(inner, long(-unrolled))
     starts = [at(b, x, b.mul(x_row, long(row))) for row in range(count)]
-    for start, stop, turns in ((long(0), whole, UNROLLED), (whole, inner, 1)):
+    for start, stop, turns in ((long(0), whole, unrolled), (whole, inner, 1)):
         with f.loop(start, stop, turns, sums) as (k, results, following):
             place = at(b, w, b.mul(k, w_step))
             rows = [at(b, each, b.mul(k, x_step)) for each in starts]

@@ -231,22 +231,28 @@ class Watched(threading.local):
 WATCHED = Watched()
 
 
+def optimised(module: ir.Module, cpu: str, features: str = "") -> tuple[binding.ModuleRef, binding.TargetMachine]:
+    """A module as LLVM leaves it for a processor, and what makes machine code of it."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    parsed = binding.parse_assembly(str(module))
+    parsed.verify()
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+    options = binding.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = False  # kernels are written as wide as the registers allow
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return parsed, machine
+
+
 def compiled(module: ir.Module, name: str) -> Callable[..., None]:
     """The function of that name, taking addresses and sizes as integers, which are not checked."""
     for each in THREADS:
         address = ctypes.cast(getattr(_openmp(), each), ctypes.c_void_p).value
         assert address is not None
         binding.add_symbol(each, address)
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
     features = binding.get_host_cpu_features().flatten()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features, opt=3
-    )
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=2))
-    passes.getModulePassManager().run(parsed, passes)
+    parsed, machine = optimised(module, binding.get_host_cpu_name(), features)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
     _ENGINES.append(engine)
