@@ -22,7 +22,7 @@ from llvmlite import binding, ir
 
 Given = TypeVarTuple("Given")
 T = TypeVar("T")
-BYTE, INT, LONG, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+BYTE, SHORT, INT, LONG, FLOAT = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 ADDRESS, NOTHING = ir.PointerType(), ir.VoidType()
 NUMBER = 4  # bytes of a float32
 FEW = 1 << 15  # what one thread does while a second is woken

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tunesmith.cpu import nibbles
 from tunesmith.models.quantised import Stored
 
 AT_ONCE = 1 << 18  # numbers at a time: what that needs stays in cache
@@ -65,11 +66,17 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
+    if (on := nibbles.kernels_for(blocks, out)) is not None:
+        nibbles.write_gguf(on, blocks, out, offset=False)
+        return
     codes = _nibbles(blocks[:, None, 2:])
     out.copy_(codes.view(out.shape)).sub_(8).mul_(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor, out: Tensor) -> None:
+    if (on := nibbles.kernels_for(blocks, out)) is not None:
+        nibbles.write_gguf(on, blocks, out, offset=True)
+        return
     codes = _nibbles(blocks[:, None, 4:])
     out.copy_(codes.view(out.shape)).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tunesmith.cpu import nibbles
 from tunesmith.models.quantised import Stored
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -50,6 +51,10 @@ class Nf4(Stored):
         absmax = self._absmax()
         pairs, codes = _pairs(out.device), self.get_buffer("codes")
         whole = len(out) // BLOCK * BLOCK
+        if (on := nibbles.nf4_kernels_for(codes, absmax, out)) is not None:
+            nibbles.write_nf4(on, codes[: whole // 2], absmax[: whole // BLOCK], _code(), out[:whole])
+            self._write_rest(out, whole, absmax)
+            return
         into = out if out.storage_offset() % 2 == 0 else torch.empty_like(out)
         both = into[:whole].view(torch.int64)  # two numbers at a time: what one byte stands for
         for start in range(0, whole // 2, AT_ONCE):
@@ -57,11 +62,15 @@ class Nf4(Stored):
             torch.index_select(pairs, 0, codes[start:stop].int(), out=both[start:stop])
             scales = absmax[2 * start // BLOCK : 2 * stop // BLOCK, None]
             into[2 * start : 2 * stop].view(-1, BLOCK).mul_(scales)
-        if left := len(out) - whole:
-            last = pairs[codes[whole // 2 :].int()].view(torch.float32)
-            torch.mul(last[:left], absmax[-1], out=into[whole:])
+        self._write_rest(into, whole, absmax)
         if into is not out:
             out.copy_(into)
+
+    def _write_rest(self, out: Tensor, whole: int, absmax: Tensor) -> None:
+        """The last block, where it is not full."""
+        if left := len(out) - whole:
+            last = _pairs(out.device)[self.get_buffer("codes")[whole // 2 :].int()].view(torch.float32)
+            torch.mul(last[:left], absmax[-1], out=out[whole:])
 
     def _absmax(self) -> Tensor:
         """[blocks]"""
@@ -103,6 +112,11 @@ def _pairs(device: torch.device) -> Tensor:
     """[256] the two float32 numbers that a byte stands for, high bits first, as one int64."""
     byte, code = torch.arange(256), torch.tensor(CODE)
     return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).view(-1).to(device)
+
+
+@cache
+def _code() -> Tensor:
+    return torch.tensor(CODE)
 
 
 @cache
