@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tunesmith.cpu import nibbles
 from tunesmith.cpu.writing import Processor
-from tunesmith.models.gguf_blocks import KINDS
+from tunesmith.models.gguf_blocks import Blocks
 from tunesmith.models.nf4 import Nf4
 
 
@@ -22,7 +22,8 @@ def blocks(count: int, header: int) -> Tensor:
 @pytest.mark.parametrize(("kind", "header"), [("Q4_0", 2), ("Q4_1", 4)])
 def test_blocks_of_gguf_files(on: Processor | None, threads: int, kind: str, header: int, count: int) -> None:
     given, out = blocks(count, header), torch.full((count + 1, 32), 7.0)
-    KINDS[kind].write(given, out[:count])
+    matrix = Blocks(kind, given.numpy())
+    matrix.write(out[:count].view(-1))
     code = torch.cat((given[:, header:] & 15, given[:, header:] >> 4), 1).float()
     scale = given[:, :2].view(torch.float16).float()
     expected = code * scale + given[:, 2:4].view(torch.float16).float() if header == 4 else (code - 8) * scale

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.cpu import nibbles
+from tunesmith.cpu.writing import Processor
 from tunesmith.models.quantised import Stored
 
 AT_ONCE = 1 << 18  # numbers at a time: what that needs stays in cache
@@ -23,11 +24,12 @@ AT_ONCE = 1 << 18  # numbers at a time: what that needs stays in cache
 
 @dataclass(frozen=True)
 class BlockKind:
-    """`numbers` of them lie in `bytes`."""
+    """`numbers` of them lie in `bytes`. `kernel`: the same as `write`, where there are kernels."""
 
     numbers: int
     bytes: int
     write: Callable[[Tensor, Tensor], object]
+    kernel: Callable[[Processor, Tensor, Tensor], object] | None = None
 
 
 class Blocks(Stored):
@@ -43,6 +45,10 @@ class Blocks(Stored):
     def write(self, out: Tensor) -> None:
         kind = self.kind
         blocks, into = self.get_buffer("rows").view(-1, kind.bytes), out.view(-1, kind.numbers)
+        on = nibbles.kernels_for(blocks, into)
+        if kind.kernel is not None and on is not None:
+            kind.kernel(on, blocks, into)
+            return
         step = max(1, AT_ONCE // kind.numbers)
         for start in range(0, len(blocks), step):
             kind.write(blocks[start : start + step], into[start : start + step])
@@ -66,17 +72,11 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
-    if (on := nibbles.kernels_for(blocks, out)) is not None:
-        nibbles.write_gguf(on, blocks, out, offset=False)
-        return
     codes = _nibbles(blocks[:, None, 2:])
     out.copy_(codes.view(out.shape)).sub_(8).mul_(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor, out: Tensor) -> None:
-    if (on := nibbles.kernels_for(blocks, out)) is not None:
-        nibbles.write_gguf(on, blocks, out, offset=True)
-        return
     codes = _nibbles(blocks[:, None, 4:])
     out.copy_(codes.view(out.shape)).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
@@ -134,8 +134,8 @@ KINDS = {
     "F32": BlockKind(1, 4, _float(torch.float32)),
     "F16": BlockKind(1, 2, _float(torch.float16)),
     "BF16": BlockKind(1, 2, _float(torch.bfloat16)),
-    "Q4_0": BlockKind(32, 18, _q4_0),
-    "Q4_1": BlockKind(32, 20, _q4_1),
+    "Q4_0": BlockKind(32, 18, _q4_0, partial(nibbles.write_gguf, offset=False)),
+    "Q4_1": BlockKind(32, 20, _q4_1, partial(nibbles.write_gguf, offset=True)),
     "Q5_0": BlockKind(32, 22, _q5_0),
     "Q8_0": BlockKind(32, 34, _q8_0),
     "Q4_K": BlockKind(256, 144, _q4_k),
