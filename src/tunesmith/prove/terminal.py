@@ -31,12 +31,12 @@ def ladder_table(report: Report) -> Any:
 
     table = Table(box=None, pad_edge=False, title=None, header_style="bold")
     others = [name for name in report.results[0].scores if name != report.scorer]
-    table.add_column("contender")
-    table.add_column(f"{title(report.scorer)} (95%)", justify="right")
+    table.add_column("contender", no_wrap=True)  # where room is short, the other headings take two lines
+    table.add_column(f"{title(report.scorer)} (95%)", justify="right", no_wrap=True)
     for name in others:
-        table.add_column(title(name), justify="right")
+        table.add_column(title(name), justify="right", overflow="fold")
     for heading in ("stopped", "prompt tok", "answer tok", "s/item", "n"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading == "n")
     winner = report.verdict.winner
     for each in report.results:
         style = "bold" if each.name == winner else ""
