@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from test_adapters import put
-from tiny import build, engine_over, tiny_engine
+from tiny import build, engine_over
 
 from tunesmith.cpu import tape
 from tunesmith.cpu.writing import processor
@@ -20,6 +20,7 @@ from tunesmith.models.fused_ops import swiglu
 from tunesmith.models.lora import wrap
 
 pytestmark = pytest.mark.skipif(processor() is None, reason="no kernels")
+WIDE = {"head_dim": 16}  # a whole vector of any processor: attention by kernels
 LONG = [*range(5, 90), 60, 61]
 
 
@@ -43,7 +44,7 @@ def ask(engine: Engine, *prompts: list[int], adapter: str | None = None, tokens:
 
 def conversation(family: str, adapters: str) -> list[tuple[list[int], list[float] | None]]:
     """Alone and a few at a time, behind a prefix that is known by then, with adapters in turn."""
-    lora = wrap(build(family))
+    lora = wrap(build(family, **WIDE))
     for name in adapters:
         put(lora, name, rank=4, targets="all-linear", seed=ord(name))
     engine = engine_over(lora, packed=True)
@@ -67,7 +68,7 @@ def test_it_gives_the_same_bits(family: str, adapters: str, played: list[int], m
 
 def test_tapes_keep_the_tables_of_adapters_they_read() -> None:
     """What a step's adapters are is noted in tensors of its own, which the next step's replace."""
-    lora = wrap(build("llama"))
+    lora = wrap(build("llama", **WIDE))
     for name in "ab":
         put(lora, name, rank=4, targets="all-linear", seed=ord(name))
     engine = engine_over(lora, packed=True)
@@ -79,7 +80,7 @@ def test_tapes_keep_the_tables_of_adapters_they_read() -> None:
 
 
 def test_tapes_keep_no_keys_and_values_from_eviction(played: list[int]) -> None:
-    engine = tiny_engine(packed=True)
+    engine = engine_over(wrap(build("llama", **WIDE)), packed=True)
     ask(engine, LONG, [*LONG, 3], [*LONG, 4, 5])
     ask(engine, [*LONG, 6])
     assert played

@@ -57,10 +57,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str, **changes) -> PreTrainedModel:
     """A fresh model, random but the same each time; weights large enough that answers vary."""
     torch.manual_seed(7)
     config = deepcopy(CONFIGS[family])
+    config.update(changes)
     config.initializer_range = 0.25
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     return model.eval()
