@@ -59,7 +59,7 @@ def write_gguf(on: Processor, blocks: Tensor, out: Tensor, *, offset: bool) -> N
     """blocks [n, 18] of Q4_0, or [n, 20] of Q4_1 where they have an `offset`, uint8 -> out [n, 32] float32."""
     assert blocks.shape[1] == 18 + 2 * offset
     assert out.numel() == 2 * BYTES * len(blocks)
-    _compiled(on, _gguf, offset)(threads_for(out.numel()), blocks.data_ptr(), out.data_ptr(), len(blocks))
+    _gguf(on, offset)(threads_for(out.numel()), blocks.data_ptr(), out.data_ptr(), len(blocks))
 
 
 def write_nf4(on: Processor, codes: Tensor, scales: Tensor, table: Tensor, out: Tensor) -> None:
@@ -69,10 +69,11 @@ def write_nf4(on: Processor, codes: Tensor, scales: Tensor, table: Tensor, out: 
     assert table.shape == (16,)
     assert scales.dtype == table.dtype == out.dtype == torch.float32
     addresses = (codes.data_ptr(), scales.data_ptr(), table.data_ptr(), out.data_ptr())
-    _compiled(on, _nf4, False)(threads_for(out.numel()), *addresses, count)
+    _nf4(on)(threads_for(out.numel()), *addresses, count)
 
 
-def _gguf(on: Processor, offset: bool) -> ir.Module:
+@once
+def _gguf(on: Processor, offset: bool) -> Callable[..., None]:
     """Threads share the blocks."""
     f = Function(new_module(), "share", [LONG, LONG, ADDRESS, ADDRESS, LONG])
     b, v = f.builder, Lanes(f, BYTES)
@@ -88,10 +89,11 @@ def _gguf(on: Processor, offset: bool) -> ir.Module:
             number = b.fadd(b.fmul(code, scale), more) if offset else b.fmul(b.fsub(code, v.number(8.0)), scale)
             v.store(number, into, long(part * BYTES))
     in_threads(f.itself.module, "write", f.end())
-    return f.itself.module
+    return compiled(f.itself.module, "write")
 
 
-def _nf4(on: Processor, _: bool) -> ir.Module:
+@once
+def _nf4(on: Processor) -> Callable[..., None]:
     """Threads share the blocks."""
     f = Function(new_module(), "share", [LONG, LONG, *[ADDRESS] * 4, LONG])
     b, v = f.builder, Lanes(f, on.width)
@@ -110,7 +112,7 @@ def _nf4(on: Processor, _: bool) -> ir.Module:
                 found = _looked_up(f, v, parts, b.zext(own, v.whole))
                 v.store(b.fmul(found, scale), into, long(half * 2 * BYTES + start))
     in_threads(f.itself.module, "write", f.end())
-    return f.itself.module
+    return compiled(f.itself.module, "write")
 
 
 def _halves(b: ir.IRBuilder, address: Any) -> tuple[Any, Any]:
@@ -134,8 +136,3 @@ def _looked_up(f: Function, v: Lanes, parts: list[Any], codes: Any) -> Any:
         return found[0]
     upper = f.builder.icmp_unsigned(">=", codes, ir.Constant(v.whole, [v.count] * v.count))
     return f.builder.select(upper, found[1], found[0])
-
-
-@once
-def _compiled(on: Processor, write: Callable[[Processor, bool], ir.Module], offset: bool) -> Callable[..., None]:
-    return compiled(write(on, offset), "write")

@@ -36,7 +36,7 @@ class Nf4(Stored):
         self.shape = (matrix.shape[0], matrix.shape[1])
         flat = matrix.reshape(-1).float()
         blocks, absmax = _blocks(flat, BLOCK)
-        code = torch.tensor(CODE, device=flat.device)
+        code = _code(flat.device)
         scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
         if left := len(flat) % BLOCK:  # bitsandbytes divides in the last block where it is not full
             scaled[-1, :left] = (flat[-left:] / absmax[-1].clamp(min=1e-38)).clamp(-1, 1)
@@ -48,28 +48,15 @@ class Nf4(Stored):
         self.register_buffer("mean", mean, persistent=False)
 
     def write(self, out: Tensor) -> None:
-        absmax = self._absmax()
-        pairs, codes = _pairs(out.device), self.get_buffer("codes")
+        absmax, codes = self._absmax(), self.get_buffer("codes")
         whole = len(out) // BLOCK * BLOCK
+        full = codes[: whole // 2], absmax[: whole // BLOCK]
         if (on := nibbles.nf4_kernels_for(codes, absmax, out)) is not None:
-            nibbles.write_nf4(on, codes[: whole // 2], absmax[: whole // BLOCK], _code(), out[:whole])
-            self._write_rest(out, whole, absmax)
-            return
-        into = out if out.storage_offset() % 2 == 0 else torch.empty_like(out)
-        both = into[:whole].view(torch.int64)  # two numbers at a time: what one byte stands for
-        for start in range(0, whole // 2, AT_ONCE):
-            stop = min(start + AT_ONCE, whole // 2)
-            torch.index_select(pairs, 0, codes[start:stop].int(), out=both[start:stop])
-            scales = absmax[2 * start // BLOCK : 2 * stop // BLOCK, None]
-            into[2 * start : 2 * stop].view(-1, BLOCK).mul_(scales)
-        self._write_rest(into, whole, absmax)
-        if into is not out:
-            out.copy_(into)
-
-    def _write_rest(self, out: Tensor, whole: int, absmax: Tensor) -> None:
-        """The last block, where it is not full."""
+            nibbles.write_nf4(on, *full, _code(out.device), out[:whole])
+        else:
+            _look_up(*full, out[:whole])
         if left := len(out) - whole:
-            last = _pairs(out.device)[self.get_buffer("codes")[whole // 2 :].int()].view(torch.float32)
+            last = _pairs(out.device)[codes[whole // 2 :].int()].view(torch.float32)
             torch.mul(last[:left], absmax[-1], out=out[whole:])
 
     def _absmax(self) -> Tensor:
@@ -77,6 +64,20 @@ class Nf4(Stored):
         bits, scales = self.get_buffer("absmax"), self.get_buffer("scales")
         per_block = scales.repeat_interleave(SCALE_BLOCK)[: len(bits)]
         return _scale_code(bits.device).index_select(0, bits.int()).mul_(per_block).add_(self.get_buffer("mean"))
+
+
+def _look_up(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """Whole blocks by PyTorch. codes [blocks * 32], absmax [blocks] -> out [blocks * 64]."""
+    pairs, numbers = _pairs(out.device), len(out)
+    into = out if out.storage_offset() % 2 == 0 else torch.empty_like(out)
+    both = into.view(torch.int64)  # two numbers at a time: what one byte stands for
+    for start in range(0, numbers // 2, AT_ONCE):
+        stop = min(start + AT_ONCE, numbers // 2)
+        torch.index_select(pairs, 0, codes[start:stop].int(), out=both[start:stop])
+        scales = absmax[2 * start // BLOCK : 2 * stop // BLOCK, None]
+        into[2 * start : 2 * stop].view(-1, BLOCK).mul_(scales)
+    if into is not out:
+        out.copy_(into)
 
 
 def _blocks(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -110,13 +111,13 @@ def _nearest_codes(device: torch.device) -> Tensor:
 @cache
 def _pairs(device: torch.device) -> Tensor:
     """[256] the two float32 numbers that a byte stands for, high bits first, as one int64."""
-    byte, code = torch.arange(256), torch.tensor(CODE)
-    return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).view(-1).to(device)
+    byte, code = torch.arange(256, device=device), _code(device)
+    return torch.stack((code[byte >> 4], code[byte & 15]), 1).view(torch.int64).view(-1)
 
 
 @cache
-def _code() -> Tensor:
-    return torch.tensor(CODE)
+def _code(device: torch.device) -> Tensor:
+    return torch.tensor(CODE, device=device)
 
 
 @cache
