@@ -83,6 +83,16 @@ def test_blocks_are_written_where_they_belong(on: Processor | None) -> None:
     close(product(x, panels), x.double() @ weight.double().t())
 
 
+@pytest.mark.parametrize("rows", [slice(0, 100), slice(48, 100), slice(0, 50), slice(37, 61), slice(99, 100)])
+def test_some_rows_of_panels(on: Processor | None, rows: slice) -> None:
+    weight, x = torch.randn(100, 21), torch.randn(5, 21)
+    part, before = Panels.of(weight).part(rows)
+    found = product(x, part)
+    assert before < 48
+    assert found.shape == (5, before + rows.stop - rows.start)
+    close(found[:, before:], (x.double() @ weight.double().t())[:, rows])
+
+
 @pytest.mark.parametrize("columns", [slice(0, 21), slice(2, 7), slice(4, 20)])
 @pytest.mark.parametrize("rows", [slice(0, 100), slice(48, 100), slice(0, 48), slice(96, 100)])
 @pytest.mark.parametrize("lies", ["by rows", "by columns", "apart"])

@@ -41,12 +41,13 @@ def adapted(model, target_modules="all-linear", **keys):
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_the_fused_decoder_gives_the_gradients_of_the_modules(name, targets):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_fused_decoder_gives_the_gradients_of_the_modules(name, targets, kind):
     model = make_decoder(name)
     for n, parameter in model.named_parameters():
         if n.endswith(("bias", "norm.weight", "layernorm.weight")):
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-    lora = adapted(model, TARGETS[targets])
+    lora = adapted(model, TARGETS[targets], kind=kind)
     parameters, fused = dict(lora.parameters("a")), make_body(model, lora, "a")
     assert isinstance(fused, FusedBody)
     for layout in (Layout(1000), Layout(90), Layout(1000, share=False)):
@@ -110,10 +111,10 @@ def test_a_model_of_that_shape_but_other_numbers_is_told_apart():
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 
-@pytest.mark.parametrize("keys", [{"dropout": 0.1}, {"kind": "dora"}], ids=str)
-def test_dropout_and_magnitudes_go_through_the_modules(keys):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_dropout_goes_through_the_modules(kind):
     model = make_decoder("llama", torch.float32)
-    lora = adapted(model, **keys)
+    lora = adapted(model, kind=kind, dropout=0.1)
     assert isinstance(make_body(model, lora, "a"), ModuleBody)
 
 
@@ -139,12 +140,13 @@ def test_evaluation_keeps_nothing():
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_packed_weights_compute_the_same(name, targets):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_packed_weights_compute_the_same(name, targets, kind):
     """As near to double precision as the modules are in single: how near that is, is the model's own affair (1e-6 to
     1e-4 here), so it is measured and not assumed."""
     model, exact = make_decoder(name, torch.float32), make_decoder(name)
     exact.load_state_dict(model.state_dict())
-    lora, exact_lora = adapted(model, TARGETS[targets]), adapted(exact, TARGETS[targets])
+    lora, exact_lora = (adapted(each, TARGETS[targets], kind=kind) for each in (model, exact))
     parameters, exact_parameters = dict(lora.parameters("a")), dict(exact_lora.parameters("a"))
     for n, parameter in exact_parameters.items():
         parameter.data.copy_(parameters[n].data)

@@ -76,6 +76,13 @@ class Panels:
         place = self.numbers.data_ptr() + rows.start // wide * self.panel_bytes + columns.start * wide * NUMBER
         lay_out(self.on, "turned" if turned else "split", x, place, self.panel_bytes, times)
 
+    def part(self, rows: slice) -> tuple[Panels, int]:
+        """Some of W's rows, without a copy, and how many of those before them come along: none where a panel begins."""
+        assert self.scale is None
+        wide = 1 if self.on is None else self.on.columns
+        first, more = divmod(rows.start, wide)
+        return Panels(rows.stop - first * wide, self.inner, self.numbers[first : -(-rows.stop // wide)], self.on), more
+
     @property
     def matrix(self) -> Tensor:
         """W [out, in], where there are no kernels."""

@@ -65,7 +65,9 @@ class Slabs:
 
 
 class FusedDecoder:
-    """The body of a model whose every linear is a LoraLinear, with one adapter over it. Float32 or float64, CPU.
+    """The body of a model whose every linear is a LoraLinear, with one adapter (LoRA or DoRA) over it.
+
+    Float32 or float64, CPU.
 
     first  the lowest layer that a gradient has to reach; those below it keep nothing for the backward.
     """
@@ -79,7 +81,7 @@ class FusedDecoder:
         like = body.norm.weight.detach()
         any_layer = self.layers[0]
         self.geometry, self.hidden = any_layer.geometry, any_layer.qkv.in_features
-        raw = self.geometry.q + self.geometry.k if any_layer.head_norms else 0
+        raw = self.geometry.q + self.geometry.k if any(layer.keeps_raw for layer in self.layers) else 0
         widths = (
             self.hidden,
             raw,
@@ -88,6 +90,7 @@ class FusedDecoder:
             self.hidden,
             2 * self.geometry.intermediate,
             max(sum(stack.rank for stack in layer.stacks) for layer in self.layers),
+            2 * self.hidden if any(s.gains is not None for layer in self.layers for s in (layer.o, layer.down)) else 0,
         )
         self.slabs, self.one_layer = Slabs(widths, len(self.layers) - first, like), Slabs(widths, 1, like)
 
@@ -148,8 +151,9 @@ class FusedDecoder:
             if layer.index == first:
                 x = slabs[0][0, :tokens].copy_(x)
             tail = len(rows) if final else tokens
-            _, raw, qkv, attended, mid, gate_up, thin = (slab[slot, :tokens] for slab in memory)
-            here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail], layer.by_stack(thin, tail))
+            _, raw, qkv, attended, mid, gate_up, thin, own = (slab[slot, :tokens] for slab in memory)
+            by_stack = layer.by_stack(thin, tail)
+            here = Kept(x, raw, qkv, attended, mid[:tail], gate_up[:tail], own[:tail], by_stack)
             x_next = last if final else slabs[0][slot + 1, :tokens] if keeps else x
             layer.forward(context, here, x_next, rows if final else None)
             if keeps:

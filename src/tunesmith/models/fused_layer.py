@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tunesmith.models.fused_ops import Norm, rotate_, swiglu, swiglu_backward
@@ -45,11 +46,12 @@ class Kept:
     """What one layer's backward needs. The tail of a layer may run on fewer rows than its attention."""
 
     x: Tensor  # [rows, hidden]
-    raw: Tensor  # [rows, q + k] before the norms on heads; of no width where there are none
+    raw: Tensor  # [rows, q + k] before the norms on heads and rotary, for these norms and magnitudes; else of no width
     qkv: Tensor  # [rows, q + k + v] after rotary
     attended: Tensor  # [rows, q]
     mid: Tensor  # [tail rows, hidden]
     gate_up: Tensor  # [tail rows, 2 * intermediate]
+    own: Tensor  # [tail rows, 2 * hidden] what o and down gave, without residual; of no width but for magnitudes
     thin: tuple[Tensor, ...]  # the adapters' h of qkv [rows, rank], of o, gate_up and down [tail rows, rank]
     extra: Tensor | None = None  # the attention's own
 
@@ -125,22 +127,26 @@ class FusedLayer:
         return (thin[:, : ends[0]], *(thin[:tail, a:b] for a, b in itertools.pairwise(ends)))
 
     @property
+    def keeps_raw(self) -> bool:
+        return self.head_norms is not None or self.qkv.gains is not None
+
+    @property
     def learns(self) -> bool:
         return any(stack.rank for stack in self.stacks)
 
     def forward(self, here: Pass, kept: Kept, x_next: Tensor, rows: Tensor | None = None) -> None:
         """Fills `kept`, whose x is given, and x_next; with `rows` [tail rows] only those, in that order."""
         geometry, work = self.geometry, here.work
-        for stack in self.stacks:
-            stack.lay_out_adapter()
         qkv = self.qkv.opened("qkv weight", work.take)
+        qkv.lay_out_adapter()
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)
             self.input_norm.forward(kept.x[s], normed)
             qkv.forward(normed, kept.thin[0][s], kept.qkv[s])
             q_and_k = kept.qkv[s, : geometry.q + geometry.k]
-            if self.head_norms is not None:
+            if self.keeps_raw:
                 kept.raw[s] = q_and_k
+            if self.head_norms is not None:
                 for norm, part in zip(self.head_norms, (slice(geometry.q), slice(geometry.q, None)), strict=True):
                     norm.forward(geometry.by_head(kept.raw[s, part]), geometry.by_head(q_and_k[:, part]))
             rotate_(geometry.by_head(q_and_k), here.rope[0][s], here.rope[1][s])
@@ -150,16 +156,19 @@ class FusedLayer:
 
     def _tail(self, work: Workspace, kept: Kept, x_next: Tensor, rows: Tensor | None) -> None:
         o, gate_up, down = self._opened_tail(work)
+        for stack in (o, gate_up, down):
+            stack.lay_out_adapter()
+        own_o, own_down = kept.own.chunk(2, dim=1)
         x, attended = (kept.x, kept.attended) if rows is None else (kept.x[rows], kept.attended[rows])
         _, h_o, h_gate_up, h_down = kept.thin
         for s in slices(len(x)):
-            o.forward(attended[s], h_o[s], kept.mid[s], residual=x[s])
+            o.forward(attended[s], h_o[s], kept.mid[s], x[s], own_o[s])
             normed = work.take("normed", s.stop - s.start, self.gate_up.in_features)
             self.mlp_norm.forward(kept.mid[s], normed)
             gate_up.forward(normed, h_gate_up[s], kept.gate_up[s])
             active = work.take("active", s.stop - s.start, self.geometry.intermediate)
             swiglu(kept.gate_up[s], active)
-            down.forward(active, h_down[s], x_next[s], residual=kept.mid[s])
+            down.forward(active, h_down[s], x_next[s], kept.mid[s], own_down[s])
 
     def _opened_tail(self, work: Workspace) -> tuple[Stack, Stack, Stack]:
         stacks = {"o": self.o, "gate_up": self.gate_up, "down": self.down}
@@ -200,21 +209,25 @@ class FusedLayer:
         o, gate_up, down = self._opened_tail(work)
         grads_o, grads_gate_up, grads_down = StackGradients(o), StackGradients(gate_up), StackGradients(down)
         _, h_o, h_gate_up, h_down = kept.thin
+        own_o, own_down = kept.own.chunk(2, dim=1)
         for s in slices(len(dx)):
             count, wide = s.stop - s.start, self.geometry.intermediate
             active, d_gate_up = work.take("active", count, wide), work.take("d_gate_up", count, 2 * wide)
             d_active, d_normed = work.take("d_active", count, wide), work.take("d_normed", count, dx.shape[1])
-            g = down.upstream(dx[s])
-            swiglu_backward(down.through(dx[s], g, d_active), kept.gate_up[s], active, d_gate_up)
-            grads_down.add(active, h_down[s], dx[s], g)
+            dy = grads_down.entering(dx[s], own_down[s], work.take)
+            g = down.upstream(dy)
+            swiglu_backward(down.through(dy, g, d_active), kept.gate_up[s], active, d_gate_up)
+            grads_down.add(active, h_down[s], dy, g)
             normed = work.take("normed", count, dx.shape[1])
             rstd = self.mlp_norm.forward(kept.mid[s], normed)
-            g = gate_up.upstream(d_gate_up)
-            grads_gate_up.add(normed, h_gate_up[s], d_gate_up, g)
-            self.mlp_norm.backward(gate_up.through(d_gate_up, g, d_normed), kept.mid[s], rstd, dx[s])
-            g = o.upstream(dx[s])
-            grads_o.add(attended[s], h_o[s], dx[s], g)
-            o.through(dx[s], g, d_attended[s])
+            dy = grads_gate_up.entering(d_gate_up, kept.gate_up[s], work.take)
+            g = gate_up.upstream(dy)
+            grads_gate_up.add(normed, h_gate_up[s], dy, g)
+            self.mlp_norm.backward(gate_up.through(dy, g, d_normed), kept.mid[s], rstd, dx[s])
+            dy = grads_o.entering(dx[s], own_o[s], work.take)
+            g = o.upstream(dy)
+            grads_o.add(attended[s], h_o[s], dy, g)
+            o.through(dy, g, d_attended[s])
         for gradients in (grads_o, grads_gate_up, grads_down):
             gradients.collect(grads)
 
@@ -231,11 +244,15 @@ class FusedLayer:
                     norm.backward_in_place(geometry.by_head(d_q_and_k[:, part]), geometry.by_head(kept.raw[s, part]))
             normed = here.work.take("normed", s.stop - s.start, dx.shape[1])
             rstd = self.input_norm.forward(kept.x[s], normed)
-            g = qkv.upstream(d_qkv[s])
-            gradients.add(normed, kept.thin[0][s], d_qkv[s], g)
+            dy = d_qkv[s]
+            if qkv.gains is not None:
+                came_out = torch.cat((kept.raw[s], kept.qkv[s, geometry.q + geometry.k :]), 1)
+                dy = gradients.entering(dy, came_out, here.work.take)
+            g = qkv.upstream(dy)
+            gradients.add(normed, kept.thin[0][s], dy, g)
             if wants_dx:
                 d_normed = here.work.take("d_normed", s.stop - s.start, dx.shape[1])
-                self.input_norm.backward(qkv.through(d_qkv[s], g, d_normed), kept.x[s], rstd, dx[s])
+                self.input_norm.backward(qkv.through(dy, g, d_normed), kept.x[s], rstd, dx[s])
         gradients.collect(grads)
 
 

@@ -4,6 +4,8 @@
 
 The base is frozen, so its weights may be laid out once for fast products. Only adapters learn here: with g = s dy B
     dx = dy W + g A,     dA = g^T x,     dB = s dy^T h
+DoRA's y is that times its gains (tunesmith.models.dora), whose lengths are a constant to the gradient: with dy times
+them in dy's place the rest is the same, and dm = sum of dy y / m.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class _Member:
     adapter: LoraWeights | None
     out: slice  # its columns of the stacked output
     ranks: slice  # its columns of the stacked thin product
+    squares: Tensor | None  # |W|^2 of every output [out], for magnitudes
 
     @property
     def weight(self) -> Tensor:
@@ -50,9 +53,14 @@ class Stack:
             assert isinstance(base, nn.Linear | QuantisedLinear)
             width, thin = linear.out_features, 0 if weights is None else weights.a.shape[0]
             columns = slice(out, out + width), slice(rank, rank + thin)
-            self.members.append(_Member(base, base.bias, weights, *columns))
+            squares = None
+            if weights is not None and weights.magnitude is not None:
+                squares = torch.linalg.vector_norm(base.weight.detach(), dim=1).square_()
+            self.members.append(_Member(base, base.bias, weights, *columns, squares))
             out, rank = out + width, rank + thin
         self.in_features, self.out_features, self.rank = linears[0].in_features, out, rank
+        found = next((m.squares for m in self.members if m.squares is not None), None)
+        self.gains = None if found is None else found.new_ones(out)  # [out], of DoRA
         self._whole: Panels | None = None  # all members' weights together
         self._beside: tuple[Panels, Panels] | None = None  # the adapter: s B [out, rank], A^T [in, rank]
         self.bias = joined_bias([m.linear.out_features for m in self.members], [m.bias for m in self.members])
@@ -99,8 +107,10 @@ class Stack:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def lay_out_adapter(self) -> None:
-        """Beside panels, as it is now: before a forward pass, whose backward uses it too. Safe in several threads: they
-        write the same numbers."""
+        """Beside panels, as it is now, and its gains: before a forward pass, whose backward uses them too. Safe in
+        several threads: they write the same numbers."""
+        if self.gains is not None:
+            self._write_gains(self.gains)
         if self._beside is None:
             return
         ups, downs = self._beside
@@ -109,22 +119,51 @@ class Stack:
                 ups.write(member.out, member.ranks, member.adapter.b.detach(), member.adapter.scaling)
                 downs.write(slice(0, self.in_features), member.ranks, member.adapter.a.detach().t())
 
-    def forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """out = x (W + s B A)^T + bias (+ residual), and h = x A^T."""
+    def _write_gains(self, gains: Tensor) -> None:
+        """m / |W + s B A|, where |W + s B A|^2 = |W|^2 + (2 s W A^T + s^2 B A A^T) . B for every output."""
+        for member in self.members:
+            adapter = member.adapter
+            if adapter is None or adapter.magnitude is None or member.squares is None:
+                continue
+            a, b, s = adapter.a.detach(), adapter.b.detach(), adapter.scaling
+            if self._whole is None:
+                along = member.weight @ a.t()  # [out, rank]
+            else:
+                panels, before = self._whole.part(member.out)
+                along = product(a, panels)[:, before:].t()
+            squares = torch.addmm(along, b, a @ a.t(), beta=2 * s, alpha=s * s).mul_(b).sum(1).add_(member.squares)
+            gains[member.out] = adapter.magnitude.detach() / squares.sqrt_()
+
+    def forward(
+        self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None = None, own: Tensor | None = None
+    ) -> None:
+        """out = x (W + s B A)^T + bias (+ residual), and h = x A^T. With gains, x (W + s B A)^T times them; `own`
+        [rows, out], wanted with a residual, is then the output without it."""
+        if self.gains is not None:
+            own = out if own is None else own
+            self._forward(x, h, own, None, None)
+            own *= self.gains
+            if self.bias is not None:
+                own += self.bias
+            if residual is not None:
+                torch.add(own, residual, out=out)
+            return
+        self._forward(x, h, out, residual, self.bias)
+
+    def _forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None, bias: Tensor | None) -> None:
         if self.rank:
             torch.mm(x, self.down().t(), out=h)
         if self._whole is not None:
-            product(x, self._whole, out=out, added=residual, bias=self.bias, thin=self._thin(h, 0))
+            product(x, self._whole, out=out, added=residual, bias=bias, thin=self._thin(h, 0))
             return
         for member in self.members:
             own = out[:, member.out]
             torch.mm(x, member.weight.t(), out=own)
-            if member.bias is not None:
-                own += member.bias
             if member.adapter is not None:
                 own.addmm_(h[:, member.ranks], member.adapter.b.detach().t(), alpha=member.adapter.scaling)
-        if residual is not None:
-            out += residual
+        for more in (bias, residual):
+            if more is not None:
+                out += more
 
     def through(self, dy: Tensor, g: Tensor, dx: Tensor) -> Tensor:
         """dx = dy W + g A, returned."""
@@ -155,11 +194,24 @@ class StackGradients:
     """
 
     def __init__(self, stack: Stack) -> None:
+        self.stack = stack
         self.learning = [(member, member.adapter) for member in stack.members if member.adapter is not None]
         like = self.learning[0][1].a if self.learning else torch.empty(0)
         self.grad_a = like.new_empty(stack.rank, stack.in_features)
         self.grad_b = [adapter.b.new_empty(adapter.b.t().shape) for _, adapter in self.learning]
+        self.grad_m = None if stack.gains is None else torch.zeros_like(stack.gains)  # times m
         self._begun = 0  # whether there is anything to add to
+
+    def entering(self, dy: Tensor, y: Tensor, take: Callable[[str, int, int], Tensor]) -> Tensor:
+        """dy as the products see it: with gains, times these, in memory from `take` (as Stack.opened has it). y
+        [rows, out] is what came out, without a residual."""
+        gains, bias = self.stack.gains, self.stack.bias
+        if gains is None or self.grad_m is None:
+            return dy
+        entering = take("entering", *dy.shape)
+        torch.mul(dy, y if bias is None else y - bias, out=entering)
+        self.grad_m += entering.sum(0)
+        return torch.mul(dy, gains, out=entering)
 
     def add(self, x: Tensor, h: Tensor, dy: Tensor, g: Tensor) -> None:
         if not self.learning:
@@ -177,3 +229,5 @@ class StackGradients:
         for (member, adapter), grad in zip(self.learning, self.grad_b, strict=True):
             into[id(adapter.a)] = self.grad_a[member.ranks]
             into[id(adapter.b)] = grad.t()
+            if self.grad_m is not None and adapter.magnitude is not None:
+                into[id(adapter.magnitude)] = self.grad_m[member.out] / adapter.magnitude.detach()

@@ -49,9 +49,9 @@ def make_body(model: PreTrainedModel, lora: LoraModel | None = None, adapter: st
 
 
 def _is_plain(lora: LoraModel, adapter: str) -> bool:
-    """LoRA without dropout and magnitudes, which is what the fused decoder computes; the ends are not its business."""
+    """Without dropout, which is what the fused decoder computes; the ends are not its business."""
     found = [layer.adapters[adapter] for layer in lora.layers.values() if adapter in layer.adapters]
-    return not any(weights.dropout or weights.magnitude is not None for weights in found)
+    return not any(weights.dropout for weights in found)
 
 
 def _trial(model: PreTrainedModel) -> TokenTree:
