@@ -107,9 +107,9 @@ def test_a_files_blocks_are_the_numbers_gguf_says(kind) -> None:
     assert np.array_equal(numbers(Blocks(kind.name, rows)).numpy(), expected)
 
 
-def adapted(model, adapter="a"):
+def adapted(model, adapter="a", kind="lora"):
     lora = wrap(model)
-    add_new_adapter(lora, adapter, Adapter(rank=3), seed=0)
+    add_new_adapter(lora, adapter, Adapter(rank=3, kind=kind), seed=0)
     torch.manual_seed(1)
     for _, parameter in lora.parameters(adapter):
         parameter.data = torch.randn_like(parameter, dtype=model.dtype) * 0.2
@@ -130,13 +130,14 @@ def dequantised(model):
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "gemma2"])
-def test_lora_over_a_quantised_linear_learns_as_over_its_numbers(name, how) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_over_a_quantised_linear_learns_as_over_its_numbers(name, how, kind) -> None:
     """Through the modules and, where the model has that shape, through the fused decoder."""
     found = {}
     for plain in (False, True):
         model = make_decoder(name)
         quantise(model, how, torch.float64)
-        lora = adapted(dequantised(model) if plain else model)
+        lora = adapted(dequantised(model) if plain else model, kind=kind)
         parameters = dict(lora.parameters("a"))
         for layout in (Layout(1000), Layout(90), Layout(1000, lanes=2)):
             for body in (ModuleBody(model, list(parameters.values())), make_body(model, lora, "a")):
