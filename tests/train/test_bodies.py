@@ -172,6 +172,21 @@ def test_packing_takes_what_it_says_and_only_where_there_is_memory():
         assert (fused.head.panels is not None) is packed
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_stands_in_for_the_embedding_that_is_its_weight(tied):
+    model = make_decoder("llama", torch.float32)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    fused = make_body(model, adapted(model), "a")
+    ids = torch.arange(SIZES["vocab_size"]).flip(0)
+    expected = fused.decoder.embedding(ids)
+    fused.pack()
+    assert (fused.decoder.embedding.panels is not None) is tied
+    assert torch.equal(fused.decoder.embedding(ids), expected)
+    fused.unpack()
+    assert fused.decoder.embedding.panels is None
+
+
 def test_copies_of_the_weights_are_given_back_and_it_computes_on():
     model = make_decoder("llama", torch.float32)
     fused = make_body(model, adapted(model), "a")

@@ -83,6 +83,13 @@ class Panels:
         first, more = divmod(rows.start, wide)
         return Panels(rows.stop - first * wide, self.inner, self.numbers[first : -(-rows.stop // wide)], self.on), more
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """W[ids], a copy: [..., in] for ids [...]."""
+        assert self.scale is None
+        if self.on is None:
+            return self.numbers[ids]
+        return self.numbers[ids // self.on.columns, :, ids % self.on.columns]
+
     @property
     def matrix(self) -> Tensor:
         """W [out, in], where there are no kernels."""

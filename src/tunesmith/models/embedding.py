@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tunesmith.cpu.products import Panels
 from tunesmith.models.dora import gain
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class LoraEmbedding(nn.Module):
         self.routing = routing
         self.adapters: dict[str, LoraWeights] = {}
         self.tokens: dict[str, TokenRows] = {}
+        self.panels: Panels | None = None  # that hold the base's weight too, and are read in its place
         self.in_features, self.out_features = base.weight.shape
         self.transposed = False
 
@@ -63,7 +65,7 @@ class LoraEmbedding(nn.Module):
 
     def look_up(self, ids: Tensor, segments: Sequence[tuple[str, int, int]]) -> Tensor:
         """[..., tokens] -> [..., tokens, hidden], new; `segments` says which rows use which adapter."""
-        y = self.base(ids)
+        y = self.base(ids) if self.panels is None else self.panels.rows(ids)
         for name, start, stop in segments:
             adapter, tokens = self.adapters.get(name), self.tokens.get(name)
             own, part = ids[..., start:stop], y[..., start:stop, :]

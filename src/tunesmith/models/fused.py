@@ -26,6 +26,7 @@ from tunesmith.models.stacked import Stack
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
 MLP_PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ROOM = 128  # rows that memory between forward and backward is a multiple of
 BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
@@ -41,7 +42,11 @@ class Held:
 
 
 class Slabs:
-    """Memory for so many layers' `Kept`, given back by the backward: its pages are touched once a run."""
+    """Memory for so many layers' `Kept`, given back by the backward: its pages are touched once a run.
+
+    There is room for more rows than were asked for, so that a few more of them need no new memory: what nobody has
+    written to takes none.
+    """
 
     def __init__(self, widths: Sequence[int], layers: int, like: Tensor) -> None:
         self.widths, self.layers, self.like = widths, layers, like
@@ -57,7 +62,8 @@ class Slabs:
                 self.free = [slabs for slabs in self.free if slabs is not chosen]
                 return chosen
             self.free.clear()
-        return [self.like.new_empty(self.layers, rows, width) for width in self.widths]
+        room = -(-rows // ROOM) * ROOM
+        return [self.like.new_empty(self.layers, room, width) for width in self.widths]
 
     def give(self, slabs: list[Tensor]) -> None:
         with self._lock:

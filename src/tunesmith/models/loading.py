@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from tunesmith.errors import InputError
 from tunesmith.models.catalogue import Resolved, gguf_file, resolve
+from tunesmith.models.memory import share_one_heap
 from tunesmith.models.quantise import quantise, stored_type
 from tunesmith.recipe import Quantize
 
@@ -58,6 +59,7 @@ def load_base(
     `dtype` auto is bfloat16 on a device that computes in it, float32 elsewhere; `quantize` as in the recipe.
     Raises InputError.
     """
+    share_one_heap()
     blocks = gguf_file(model) if quantize == "keep" else None
     resolved = resolve(model, revision)
     place = pick_device(device)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from tunesmith.cpu.products import Panels
+from tunesmith.models.embedding import LoraEmbedding
 from tunesmith.models.fused import FusedDecoder, fuse
 from tunesmith.models.lora import LoraModel
 from tunesmith.models.memory import trim_heap
@@ -93,13 +94,24 @@ class FusedBody:
         self.decoder.pack()
         head = self.head
         if can_pack(head.weight) and not head.weight.requires_grad:
-            self._packed_head = replace(head, panels=Panels.of(head.weight.detach()))
+            panels = Panels.of(head.weight.detach())
+            self._packed_head = replace(head, panels=panels)
+            if self._embedding_is(head.weight):  # then nobody reads the original, and it takes no memory
+                self.decoder.embedding.panels = panels
             page_out(head.weight)
 
     def unpack(self) -> None:
         self.decoder.unpack()
         self._packed_head = None
+        if isinstance(self.decoder.embedding, LoraEmbedding):
+            self.decoder.embedding.panels = None
         self.rest()
+
+    def _embedding_is(self, weight: Tensor) -> bool:
+        """Whether a token's embedding is its row of this weight and nothing more."""
+        embedding = self.decoder.embedding
+        same = isinstance(embedding, LoraEmbedding) and type(embedding.base) is nn.Embedding
+        return same and embedding.weight.data_ptr() == weight.data_ptr()
 
     @property
     def packed_bytes(self) -> int:

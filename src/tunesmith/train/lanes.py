@@ -7,7 +7,6 @@ interpreter's lock in every operation. Results come back in their order, so that
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,7 +15,6 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-M_ARENA_MAX = -8  # malloc.h
 
 
 def side_by_side(jobs: Sequence[Callable[[], T]], lanes: int) -> Iterator[T]:
@@ -44,8 +42,5 @@ def side_by_side(jobs: Sequence[Callable[[], T]], lanes: int) -> Iterator[T]:
 
 @cache
 def _pool(lanes: int) -> ThreadPoolExecutor:
-    # glibc gives every thread memory of its own, and what one has freed the others can't have: hundreds of megabytes.
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_ARENA_MAX, 1)
     # Denormal numbers are a hundred times slower on a CPU; how they are treated is a thread's own setting.
     return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_flush_denormal, initargs=(True,))
