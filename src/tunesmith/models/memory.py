@@ -44,8 +44,7 @@ def forget_peak(device: torch.device) -> None:
 def share_one_heap() -> None:
     """Let threads that begin from now on have their memory from one heap: glibc gives every thread one of its own, and
     what one thread has freed the others can't have, which comes to hundreds of megabytes."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_ARENA_MAX, 1)
+    _ask_glibc("mallopt", M_ARENA_MAX, 1)
 
 
 def release_memory() -> None:
@@ -56,5 +55,10 @@ def release_memory() -> None:
 
 def trim_heap() -> None:
     """Give back the pages of holes in the heap, which large temporaries among small results leave."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    _ask_glibc("malloc_trim", 0)
+
+
+def _ask_glibc(function: str, *arguments: int) -> None:
+    """Call a function of glibc's, where it is what this process is linked against."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), function):
+        getattr(libc, function)(*arguments)
