@@ -26,8 +26,8 @@ from tunesmith.models.stacked import Stack
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
 MLP_PARTS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ROOM = 128  # rows that memory between forward and backward is a multiple of
 BODY_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
+ROOM = 128  # rows that memory between forward and backward is a multiple of
 
 
 @dataclass
