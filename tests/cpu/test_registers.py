@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from llvmlite import ir
 
+from tunesmith.cpu import blocks
 from tunesmith.cpu.flash_kernels import Backward, Forward
 from tunesmith.cpu.tiles import Kind, Tiles
 from tunesmith.cpu.writing import Processor, optimised
@@ -18,6 +19,7 @@ WIDE, NARROW = Processor(16, 12, 2), Processor(8, 6, 2)
 WRITERS: dict[str, Callable[[Processor], ir.Module]] = {
     **{f"product {kind.name}": lambda on, kind=kind: Tiles(on, kind).module for kind in Kind},
     "attention forward": lambda on: Forward(on, 64).module,
+    "blocks": lambda on: blocks.Writer(on, 2).module,
     "attention backward": lambda on: Backward(on, 64).module,
 }
 
@@ -29,7 +31,7 @@ WRITERS: dict[str, Callable[[Processor], ir.Module]] = {
 @pytest.mark.parametrize("kernel", WRITERS)
 def test_no_loop_stores_vectors_on_the_stack(kernel: str, cpu: str, on: Processor) -> None:
     parsed, machine = optimised(WRITERS[kernel](on), cpu)
-    blocks = re.split(r"\n(?=\.L\w+:)", machine.emit_assembly(parsed))
-    loops = [block for block in blocks if re.search(rf"\tj\w+\t{re.escape(block.split(':')[0])}$", block, re.M)]
+    pieces = re.split(r"\n(?=\.L\w+:)", machine.emit_assembly(parsed))
+    loops = [block for block in pieces if re.search(rf"\tj\w+\t{re.escape(block.split(':')[0])}$", block, re.M)]
     assert sum(block.count("vfmadd") >= on.rows * on.vectors for block in loops)  # the whole tiles are among them
     assert [block for block in loops if STORED.search(block)] == []

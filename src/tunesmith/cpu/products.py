@@ -10,13 +10,17 @@ weights, at hundreds of rows and one thread each 1.3 times (docs/LOG.md).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tunesmith.cpu.layouts import lay_out
+from tunesmith.cpu.pages import LargePages
 from tunesmith.cpu.tiles import Kind, Tiles
 from tunesmith.cpu.writing import NUMBER, Processor, compiled, once, processor, threads_for
+
+PAGES = LargePages()  # of the panels that are kept
 
 
 class Panels:
@@ -41,7 +45,7 @@ class Panels:
             panels = cls(out, inner, weight, None)
             panels.scale = scale
             return panels
-        panels = cls.empty(out, inner, weight.new_zeros)
+        panels = cls.empty(out, inner, partial(PAGES.zeros, dtype=weight.dtype))
         if scale is None:
             panels.write(slice(0, out), slice(0, inner), weight)
         else:

@@ -42,6 +42,7 @@ from tunesmith.cpu.writing import (
 # Products of vectors in a loop's body: of more, LLVM loads numbers so early that sums no longer fit into the registers.
 BODY = 24
 DEPTH = 1024  # of the inner dimension, that a panel turned over has at a time: it stays in the second cache
+LINE = 64  # bytes that memory gives at a time
 NOWHERE = ir.Constant(ADDRESS, None)
 
 
@@ -205,7 +206,9 @@ class Tiles:
         )
 
         def ahead(k: Any) -> None:
-            self._fetch(b, at(b, next_, b.mul(k, next_step)))
+            line = at(b, next_, b.mul(k, next_step))
+            for part in range(0, self.panel_step, LINE):
+                self._fetch(b, at(b, line, long(part)))
 
         sums = [v.number(0.0)] * (rows * self.on.vectors)
         left, right = (x, x_step, long(NUMBER)), (w, long(self.panel_step))
@@ -298,6 +301,10 @@ class Tiles:
         u = at(b, given.u, b.mul(panel, b.mul(given.thin, long(self.line))))
         bias = b.select(is_there(b, given.bias), at(b, given.bias, byte), NOWHERE)
         adds = b.and_(is_there(b, given.added), b.not_(cut_off))
+        if self.panel_step > LINE:  # a tile alone: the processor foresees better what it reads
+            alone = b.icmp_signed("<=", tiles, long(1))
+            following = b.select(alone, given.w, following)
+            ahead_step = b.select(alone, long(0), ahead_step)
         with f.loop(long(0), tiles) as (tile, _, _):
             row, end = (b.add(first, edge) for edge in share_of(b, mine, tile, tiles))
             y = at(b, at(b, given.y, b.mul(row, given.y_step)), byte)

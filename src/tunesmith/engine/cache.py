@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tunesmith.cpu.pages import untouched
+from tunesmith.engine.region import Region
+
 Tokens = npt.NDArray[np.int32]
-PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class KeyValues:
 
     keys: list[Tensor]
     values: list[Tensor]
+    memory: Tensor | None = None  # the one piece they lie in, where they do
 
     def copy_from(self, other: KeyValues, source: int, target: int, count: int) -> None:
         """Copy `count` tokens from position `source` of the other to position `target` here."""
@@ -54,18 +56,21 @@ class KvSpec:
 
     def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> None:
         self.layers, self.dtype, self.device = tuple(layers), dtype, device
-        numbers = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in layers)
-        self.bytes_per_token = numbers * torch.empty(0, dtype=dtype).element_size()
+        self.numbers_per_token = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in layers)
+        self.bytes_per_token = self.numbers_per_token * dtype.itemsize
 
     def empty(self, tokens: int, *leading: int) -> KeyValues:
-        """Uninitialised room for `tokens` tokens (in each of `leading` slots), all layers in one piece of memory: new
-        pages cost more in many small ones."""
+        """Uninitialised room for `tokens` tokens (in each of `leading` slots)."""
+        count = math.prod(leading) * tokens * self.numbers_per_token
+        return self.within(torch.empty(count, dtype=self.dtype, device=self.device), tokens, *leading)
+
+    def within(self, memory: Tensor, tokens: int, *leading: int) -> KeyValues:
+        """The same in memory [leading * tokens * numbers_per_token], whatever is in it."""
         keys = [(*leading, shape.kv_heads, tokens, shape.key_dim) for shape in self.layers]
         values = [(*leading, shape.kv_heads, tokens, shape.value_dim) for shape in self.layers]
         sizes = [math.prod(shape) for shape in (*keys, *values)]
-        pieces = torch.empty(sum(sizes), dtype=self.dtype, device=self.device).split(sizes)
-        rooms = [piece.view(shape) for piece, shape in zip(pieces, (*keys, *values), strict=True)]
-        return KeyValues(rooms[: len(keys)], rooms[len(keys) :])
+        rooms = [piece.view(shape) for piece, shape in zip(memory.split(sizes), (*keys, *values), strict=True)]
+        return KeyValues(rooms[: len(keys)], rooms[len(keys) :], memory)
 
 
 class Node:
@@ -99,10 +104,14 @@ class Node:
 
 
 class PrefixTree:
-    """Prefixes by adapter. Leaves nobody uses are evicted, the least recently used first, when room is asked for."""
+    """Prefixes by adapter. Leaves nobody uses are evicted, the least recently used first, when room is asked for.
 
-    def __init__(self, spec: KvSpec) -> None:
+    `limit`: about how many bytes of nodes there will be at most; their memory is used again.
+    """
+
+    def __init__(self, spec: KvSpec, limit: int) -> None:
         self.spec = spec
+        self.region = Region(limit // spec.bytes_per_token * spec.numbers_per_token, spec.dtype, spec.device)
         self.roots: dict[object, Node] = {}
         self.bytes = 0
         self._clock = itertools.count(1)
@@ -176,10 +185,12 @@ class PrefixTree:
         if root is not None:
             nodes = [node for node in _nodes(root) if node is not root]
             assert not any(node.users for node in nodes)
-            self.bytes -= sum(len(node.tokens) for node in nodes) * self.spec.bytes_per_token
+            for node in nodes:
+                self.bytes -= len(node.tokens) * self.spec.bytes_per_token
+                self._give_back(node.kv)
 
     def _add(self, parent: Node, tokens: Tokens) -> Node:
-        node = Node(tokens.copy(), parent, parent.end, self.spec.empty(len(tokens)))
+        node = Node(tokens.copy(), parent, parent.end, self._room(len(tokens)))
         node.used = next(self._clock)
         parent.children[int(tokens[0])] = node
         self.bytes += len(tokens) * self.spec.bytes_per_token
@@ -189,10 +200,11 @@ class PrefixTree:
         """Cut a node in two; the lower half keeps its identity, since sequences may end there. Returns the upper."""
         assert lower.parent is not None
         assert 0 < at < len(lower.tokens)
-        upper = Node(lower.tokens[:at], lower.parent, lower.start, self.spec.empty(at))
+        upper = Node(lower.tokens[:at], lower.parent, lower.start, self._room(at))
         upper.kv.copy_from(lower.kv, 0, 0, min(lower.filled, at))
-        rest = self.spec.empty(len(lower.tokens) - at)
+        rest = self._room(len(lower.tokens) - at)
         rest.copy_from(lower.kv, at, 0, max(0, lower.filled - at))
+        self._give_back(lower.kv)
         upper.filled, upper.used = min(lower.filled, at), lower.used
         upper.children = {int(lower.tokens[at]): lower}
         lower.parent.children[int(lower.tokens[0])] = upper
@@ -207,7 +219,15 @@ class PrefixTree:
         del node.parent.children[int(node.tokens[0])]
         size = len(node.tokens) * self.spec.bytes_per_token
         self.bytes -= size
+        self._give_back(node.kv)
         return size
+
+    def _room(self, tokens: int) -> KeyValues:
+        return self.spec.within(self.region.take(tokens * self.spec.numbers_per_token), tokens)
+
+    def _give_back(self, kv: KeyValues) -> None:
+        assert kv.memory is not None
+        self.region.give_back(kv.memory)
 
 
 class Slots:
@@ -243,13 +263,11 @@ class Slots:
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
-    """Zeros, because masked keys must still be numbers. On a CPU in memory of its own from the system, whose pages are
-    made when they are first touched: room that nobody uses takes neither time nor memory. torch would write to all of
-    it."""
+    """Zeros, because masked keys must still be numbers. torch would write to all of them on a CPU, and room that nobody
+    uses take time and memory."""
     if like.device.type != "cpu" or not math.prod(shape):
         return like.new_zeros(shape)
-    size = math.prod(shape) * like.element_size()
-    return torch.frombuffer(mmap.mmap(-1, size, **PRIVATE), dtype=like.dtype).view(shape)
+    return untouched(math.prod(shape), like.dtype)[1].view(shape)
 
 
 def shared_length(a: Tokens, b: Tokens) -> int:

@@ -106,6 +106,12 @@ class Core:
             self.cancel(generation)
         self.scheduler.clear()
 
+    def close(self) -> None:
+        """Cancel everything and give back what it took; adapters are taken off the model."""
+        self.reset()
+        self.scheduler.free()
+        self.adapters.clear()
+
     @torch.no_grad()
     def step(self) -> None:
         """Run the model once over the next tokens of every running generation."""

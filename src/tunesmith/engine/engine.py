@@ -196,8 +196,7 @@ class Engine:
     def close(self) -> None:
         """Cancel what is running and free the cache; adapters are taken off the model."""
         with self._lock:
-            self._core.reset()
-            self._core.adapters.clear()
+            self._core.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -1,9 +1,9 @@
 """Linears with packed weights and any mix of adapters over them, for the engine's fast body.
 
-A step's rows use adapters in two ways. Runs of prompt tokens have many rows on one adapter: two thin products. Decoding
-sequences have a row or a few guessed ones each on many adapters, where one product an adapter would be nearly all
-overhead. There all adapters' A and B lie row by row in one table each, and just the rows that are needed are read once,
-whatever the ranks (cpu/thin.py).
+All adapters' A and B lie row by row in one table each, and a step's rows use them in two ways. Decoding sequences have
+a row or a few guessed ones each on many adapters: just the rows of the tables that are needed are read once, whatever
+the ranks (cpu/thin.py). Runs of prompt tokens have many rows on one adapter: products (cpu/blocks.py). In both one call
+does it for all adapters, where one each would be nearly all overhead.
 
 DoRA is y = g (W x + s B A x) + bias: its B is put into the tables with g in it, and W x is multiplied beforehand.
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.cpu import thin
+from tunesmith.cpu import blocks, thin
 from tunesmith.engine.packing import Packing, Product
 from tunesmith.models.dora import gain
 from tunesmith.models.lora import LoraLinear, LoraModel
@@ -73,10 +73,11 @@ class Mix:
     runs: tuple[tuple[str, Place, int, int], ...]
     singles: tuple[tuple[str | None, Place], ...]
     whole: str | None = None  # the adapter that every row uses, where it is one
-    names: frozenset[str | None] = frozenset()  # of the singles
 
     def __post_init__(self) -> None:
-        self.names = frozenset(name for name, _ in self.singles)
+        self.run_names = frozenset(name for name, *_ in self.runs)
+        self.single_names = frozenset(name for name, _ in self.singles)
+        self.blocks = blocks.Blocks([(place.rows, start, stop) for _, place, start, stop in self.runs])
         uses, start = [], 0
         for (_, place), same in itertools.groupby(self.singles):  # a sequence's guesses stand side by side
             stop = start + len(list(same))
@@ -184,15 +185,10 @@ class Projection:
         y = self._packed(x, onto)
         if self._gains:
             self._multiply(y, mix)
-        for name, place, start, stop in mix.runs:
-            if name in self._names:
-                down = place.of(self._downs).flatten(0, 1)  # [rank * linears, in]
-                low = torch.mm(x[start:stop], down.t()).unflatten(1, (place.rank, -1))
-                ups = place.of(self._ups)
-                for own, columns in zip(low.unbind(2), self._columns, strict=True):
-                    y[start:stop, columns].addmm_(own, ups[:, columns])
-        if mix.entries.pairs and not self._names.isdisjoint(mix.names):
-            thin.up(self._ups, self._ends, mix.entries, thin.down(self._downs, mix.entries, x), y)
+        if not self._names.isdisjoint(mix.run_names):
+            blocks.add(x, self._downs, self._ups, self._ends, mix.blocks, y)
+        if mix.entries.pairs and not self._names.isdisjoint(mix.single_names):
+            thin.add(self._downs, self._ups, self._ends, mix.entries, x, y)
         return y
 
     def _multiply(self, y: Tensor, mix: Mix) -> None:

@@ -77,7 +77,7 @@ class Scheduler:
     ) -> None:
         """`ready(adapter, busy)` sees that an adapter is in memory; False if it must wait for one of the `busy`."""
         self._ready = ready
-        self.tree, self.slots = PrefixTree(spec), Slots(spec)
+        self.tree, self.slots = PrefixTree(spec, memory_limit), Slots(spec)
         self.memory_limit, self.max_batch, self.step_tokens = memory_limit, max_batch, step_tokens
         self.speculation = Speculation()
         self.waiting = Queue()
@@ -131,10 +131,16 @@ class Scheduler:
         self._vacate(generation)
 
     def clear(self) -> None:
-        """Empty the cache; nothing may be running."""
+        """Empty the cache, whose memory is kept for what comes; nothing may be running."""
         assert self.idle
-        self.tree, self.slots = PrefixTree(self.tree.spec), Slots(self.tree.spec)
+        for key in list(self.tree.roots):
+            self.tree.forget(key)
         self.speculation.forget()
+
+    def free(self) -> None:
+        """The same, and give the memory back."""
+        self.clear()
+        self.tree, self.slots = PrefixTree(self.tree.spec, self.memory_limit), Slots(self.tree.spec)
 
     def _with_guesses(self, chunk: Chunk, sequences: int) -> Chunk:
         """A decoding sequence's next row, and those of what is likely to follow."""
@@ -271,6 +277,7 @@ class Scheduler:
             return False
         if (slots, room) != (self.slots.count, self.slots.room):
             self.slots.resize(slots, room)
+            self.tree.region.trim()  # what the tree has had and slots have now
         return True
 
     def _give_room(self) -> None:
