@@ -21,6 +21,7 @@ from tunesmith.cpu.lanes import Lanes, along, exp, sum_along
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
+    LINE,
     LONG,
     NUMBER,
     WATCHED,
@@ -30,6 +31,7 @@ from tunesmith.cpu.writing import (
     bits_of,
     compiled,
     declare,
+    fetch,
     given_number,
     in_threads,
     integer_at,
@@ -192,19 +194,25 @@ class Writer:
                 offset = b.add(b.mul(slot, slot_step), b.add(b.mul(head, kv_step), b.mul(start, long(dim * NUMBER))))
                 k, v = (at(b, b.inttoptr(integer_at(b, a, store), ADDRESS), offset) for a in (keys, values))
                 with f.loop(long(0), count, BLOCK, so_far) as (done, before, after):
-                    after[:] = self.block(queries, k, v, done, count, before)
+                    after[:] = self.block(queries, k, v, done, count, kv_step, before)
                 following[:] = before
             place = b.add(b.mul(row, b.mul(kv_heads, long(group))), b.mul(head, long(group)))
             self.finish(at(b, out, b.mul(place, long(dim * NUMBER))), at(b, lse, b.mul(place, long(NUMBER))), so_far)
         in_threads(f.itself.module, "attend", f.end())
 
-    def block(self, queries: Any, k: Any, v: Any, done: Any, count: Any, state: list[Any]) -> list[Any]:
-        """Up to BLOCK keys more: state is each head's largest score, then each head's sum of exponentials."""
+    def block(self, queries: Any, k: Any, v: Any, done: Any, count: Any, kv_step: Any, state: list[Any]) -> list[Any]:
+        """Up to BLOCK keys more: state is each head's largest score, then each head's sum of exponentials.
+
+        Meanwhile their values are fetched, and the next head's keys: a slot's heads lie side by side, and so do slots.
+        """
         b, f, group, step = self.b, self.f, self.group, long(self.dim * NUMBER)
         size = smaller(b, b.sub(count, done), long(BLOCK))
         k, v = (at(b, a, b.mul(done, step)) for a in (k, v))
         with f.loop(long(0), size, 1, state[:group]) as (j, before, after):
-            key = at(b, k, b.mul(j, step))
+            key, value = (at(b, a, b.mul(j, step)) for a in (k, v))
+            for line in range(0, self.dim * NUMBER, LINE):
+                for place in (value, at(b, key, kv_step)):
+                    fetch(f.itself.module, b, at(b, place, long(line)))
             for g, query in enumerate(queries):
                 dot = self.v.number(0.0)
                 for i in range(0, self.dim, self.on.width):

@@ -13,9 +13,10 @@ import weakref
 import torch
 from torch import Tensor
 
+from tunesmith.cpu.writing import LINE
+
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 CHUNK = 64 << 20  # bytes asked for at a time; what is not needed is not touched
-LINE = 64
 
 
 def untouched(count: int, dtype: torch.dtype, *, large: bool = False) -> tuple[mmap.mmap, Tensor]:

@@ -24,12 +24,13 @@ from tunesmith.cpu.writing import (
     BYTE,
     FLOAT,
     INT,
+    LINE,
     LONG,
     NUMBER,
     Function,
     Processor,
     at,
-    declare,
+    fetch,
     in_threads,
     is_there,
     long,
@@ -42,7 +43,6 @@ from tunesmith.cpu.writing import (
 # Products of vectors in a loop's body: of more, LLVM loads numbers so early that sums no longer fit into the registers.
 BODY = 24
 DEPTH = 1024  # of the inner dimension, that a panel turned over has at a time: it stays in the second cache
-LINE = 64  # bytes that memory gives at a time
 NOWHERE = ir.Constant(ADDRESS, None)
 
 
@@ -189,7 +189,6 @@ class Tiles:
         self.vector = ir.VectorType(FLOAT, on.width)
         self.line = on.columns * NUMBER  # bytes of a tile's row
         self.panel_step = on.columns if self.integers else self.line  # from one row of a panel to the next
-        self.fetch = declare(self.module, "llvm.prefetch.p0", [ADDRESS, INT, INT, INT])
         self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
         in_threads(self.module, "product", self._share())
 
@@ -208,7 +207,7 @@ class Tiles:
         def ahead(k: Any) -> None:
             line = at(b, next_, b.mul(k, next_step))
             for part in range(0, self.panel_step, LINE):
-                self._fetch(b, at(b, line, long(part)))
+                fetch(self.module, b, at(b, line, long(part)))
 
         sums = [v.number(0.0)] * (rows * self.on.vectors)
         left, right = (x, x_step, long(NUMBER)), (w, long(self.panel_step))
@@ -218,10 +217,6 @@ class Tiles:
         sums = walk(f, self.on, sums, (h, h_step, long(NUMBER)), (u, long(self.line)), thin)
         store(f, self.on, plus(f, self.on, plus(f, self.on, sums, bias, long(0)), added, added_step), y, y_step)
         return f.end()
-
-    def _fetch(self, b: ir.IRBuilder, line: Any) -> None:
-        """Ask for a line of memory, which may be anywhere: a hint."""
-        b.call(self.fetch, [line, *(ir.Constant(INT, number) for number in (0, 2, 1))])  # to read, to keep, data
 
     def _share(self) -> ir.Function:
         """One thread's share of y: of its panels, or of its rows."""
@@ -259,7 +254,7 @@ class Tiles:
             with f.loop(long(0), blocks) as (block, _, _):
                 source = at(b, start, b.mul(b.add(b.sdiv(done, long(columns)), block), given.w_step))
                 for row in range(columns):  # of the block after the next
-                    self._fetch(b, at(b, source, b.add(b.mul(given.w_step, long(2)), long(row * self.line))))
+                    fetch(self.module, b, at(b, source, b.add(b.mul(given.w_step, long(2)), long(row * self.line))))
                 self._turn(b, source, at(b, turned, b.mul(block, long(columns * self.line))))
             begun = b.icmp_signed(">", done, long(0))
             part = replace(

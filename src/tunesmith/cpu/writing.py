@@ -24,6 +24,7 @@ Given = TypeVarTuple("Given")
 T = TypeVar("T")
 BYTE, SHORT, INT, LONG, FLOAT = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 ADDRESS, NOTHING = ir.PointerType(), ir.VoidType()
+LINE = 64  # bytes that memory gives at a time
 NUMBER = 4  # bytes of a float32
 FEW = 1 << 15  # what one thread does while a second is woken
 THREADS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -111,6 +112,12 @@ def given_number(builder: ir.IRBuilder, bits: Any) -> Any:
 def is_there(builder: ir.IRBuilder, address: Any) -> Any:
     """Whether an address is one, and not 0."""
     return builder.icmp_unsigned("!=", builder.ptrtoint(address, LONG), long(0))
+
+
+def fetch(module: ir.Module, builder: ir.IRBuilder, line: Any) -> None:
+    """Ask for a line of memory, which may be anywhere: a hint."""
+    hint = declare(module, "llvm.prefetch.p0", [ADDRESS, INT, INT, INT])
+    builder.call(hint, [line, *(ir.Constant(INT, number) for number in (0, 2, 1))])  # to read, to keep, data
 
 
 def scratch(builder: ir.IRBuilder, size: int) -> Any:
