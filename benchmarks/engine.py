@@ -184,7 +184,7 @@ def adapters(bench: Bench) -> None:
     asked, out = prompts(engine, 16, shared=0, own=bench.some(128)), bench.some(64)
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(map(str, names)):
-            write_adapter(Path(folder) / name, RANKS[i % len(RANKS)])
+            write_adapter(Path(folder) / name, RANKS[i % len(RANKS)], seed=i)
             engine.add_adapter(name, Path(folder) / name)
         runs = {}
         if importlib.util.find_spec("peft"):
@@ -216,7 +216,7 @@ def thousand(bench: Bench) -> None:
     engine, chance = Engine(BASE, adapter_memory_limit=limit), random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         for kind in range(16):
-            write_adapter(Path(folder) / str(kind), 16)
+            write_adapter(Path(folder) / str(kind), 16, seed=kind)
         began = time.perf_counter()
         for index in range(1000):
             engine.add_adapter(f"n{index}", Path(folder) / str(index % 16))
@@ -253,13 +253,15 @@ def first_token(engine: Engine, request: Request) -> float:
     return 1000 * seconds
 
 
-def write_adapter(folder: Path, rank: int) -> None:
-    """A PEFT-format adapter with weights that are not zero."""
+def write_adapter(folder: Path, rank: int, seed: int) -> None:
+    """A PEFT-format adapter with weights that are not zero, the same in every run: how much its answers repeat
+    themselves is how much can be guessed."""
+    chance = torch.Generator().manual_seed(seed)
     lora = bare_model()
     section = Section(rank=rank, alpha=2 * rank)
-    add_new_adapter(lora, "x", section, seed=rank)
+    add_new_adapter(lora, "x", section, seed=seed)
     for _, weights in lora.parameters("x"):
-        weights.data.normal_(0, 0.02)
+        weights.data.normal_(0, 0.02, generator=chance)
     save_adapter(lora, "x", folder, section, BASE)
     remove_adapter(lora, "x")
 
