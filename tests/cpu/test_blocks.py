@@ -29,7 +29,7 @@ def test_blocks(on: Processor | None, threads: int, what: str, inner: int, width
             columns = slice(begin, begin + widths[linear])
             low = x[start:stop].double() @ downs[rows, linear].double().T
             wanted[start:stop, 2:-2][:, columns] += low @ ups[rows, columns].double()
-    blocks.add(x, downs, ups, ends, blocks.Blocks(uses), y[:, 2:-2])
+    blocks.add(downs, ups, ends, blocks.Blocks(uses), x, y[:, 2:-2])
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
     used = {row for ranks, start, stop in uses for row in range(start, stop) if len(ranks)}
     for row in set(range(50)) - used:
@@ -41,7 +41,7 @@ def test_a_row_is_the_same_whatever_stands_beside_it(on: Processor | None, threa
     x, found = torch.randn(50, 70), []
     for uses in ([(range(3, 40), 0, 50)], [((0, 1), 0, 17), (range(3, 40), 17, 20), ((2,), 20, 50)]):
         y = torch.zeros(50, 70)
-        blocks.add(x, downs, ups, ends, blocks.Blocks(uses), y)
+        blocks.add(downs, ups, ends, blocks.Blocks(uses), x, y)
         found.append(y[17:20])
     if on is not None:
         assert torch.equal(*found)

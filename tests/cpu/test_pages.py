@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 
 import pytest
 import torch
 
+from tunesmith.cpu import pages as module
 from tunesmith.cpu.pages import CHUNK, LargePages
 from tunesmith.models.memory import resident_bytes
 
@@ -22,6 +24,15 @@ def test_pieces_are_zeros_of_their_own() -> None:
     codes = pages.zeros(5, torch.int8)
     assert codes.dtype == torch.int8
     assert codes.tolist() == [0] * 5
+
+
+def test_a_system_without_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(module.mmap, "mmap", Refusing)
+    assert LargePages().zeros(5, torch.float32).tolist() == [0.0] * 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")

@@ -9,7 +9,7 @@ its product is of sums along both; B lies along y, and is read as a panel of oth
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,19 @@ class Blocks:
         no two have a row of x in common."""
         self.uses = [use for use in uses if len(use[0])]
         self.work = sum(len(ranks) * (stop - start) for ranks, start, stop in self.uses)
-        on, units, before = processor(), list[tuple[int, ...]](), 0
-        for ranks, start, stop in self.uses if on is not None else ():
-            tiles = -(-(stop - start) // on.rows)
+        units = [] if (on := processor()) is None else list(self._units(on.rows))
+        self.table = torch.tensor(units, dtype=torch.long).reshape(-1, UNIT)
+
+    def _units(self, most: int) -> Iterator[tuple[int, ...]]:
+        """Up to `most` rows each: the first, how many, the first of their ranks, how many, the work before them."""
+        before = 0
+        for ranks, start, stop in self.uses:
+            tiles = -(-(stop - start) // most)
             edges = [start + (stop - start) * tile // tiles for tile in range(tiles + 1)]
             for first, last in itertools.pairwise(edges):
                 # What lies apart in the tables is as good as several adapters; one thread adds them all.
-                units += [(first, last - first, row, count, before) for row, count in _stretches(ranks)]
+                yield from ((first, last - first, row, count, before) for row, count in _stretches(ranks))
                 before += len(ranks) * (last - first)
-        self.table = torch.tensor(units, dtype=torch.long).reshape(-1, UNIT)
 
 
 def _stretches(ranks: Iterable[int]) -> list[tuple[int, int]]:
@@ -74,9 +78,8 @@ def _stretches(ranks: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
-def add(x: Tensor, downs: Tensor, ups: Tensor, ends: Tensor, blocks: Blocks, y: Tensor) -> None:
-    """Adds to y [rows, out]. x [rows, in]; downs [room, linears, in] and ups [room, out], contiguous; ends [linears]
-    int64, where each linear's columns end."""
+def add(downs: Tensor, ups: Tensor, ends: Tensor, blocks: Blocks, x: Tensor, y: Tensor) -> None:
+    """Adds to y [rows, out], of tables as thin.add has them; x [rows, in]."""
     linears, width = downs.shape[1:]
     if (on := processor()) is None:
         edges = [0, *ends.tolist()]

@@ -1,7 +1,7 @@
 """Memory straight from the system: zeros that cost nothing until they are touched, in large pages where it has some.
 
-What every step reads from end to end is read a fifth faster out of pages of 2 MB: the processor fetches ahead within a
-page only, and must look up where each lies.
+What every step reads from end to end is read up to a fifth faster out of pages of 2 MB: the processor fetches ahead
+within a page only, and must look up where each lies.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def untouched(count: int, dtype: torch.dtype, *, large: bool = False) -> tuple[m
     """`count` zeros, and what they lie in. Raises OSError where there is not that much."""
     pages = mmap.mmap(-1, count * dtype.itemsize, **PRIVATE)
     if large and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a hint, which a system without large pages refuses
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return pages, torch.frombuffer(pages, dtype=dtype)
 
 

@@ -186,7 +186,7 @@ class Projection:
         if self._gains:
             self._multiply(y, mix)
         if not self._names.isdisjoint(mix.run_names):
-            blocks.add(x, self._downs, self._ups, self._ends, mix.blocks, y)
+            blocks.add(self._downs, self._ups, self._ends, mix.blocks, x, y)
         if mix.entries.pairs and not self._names.isdisjoint(mix.single_names):
             thin.add(self._downs, self._ups, self._ends, mix.entries, x, y)
         return y

@@ -42,7 +42,7 @@ class Region:
         """What `take` gave; nobody may use it any more."""
         if not self._has(taken):
             return
-        start = taken.storage_offset()
+        start = int(taken.storage_offset())
         stop = start + len(taken)
         place = bisect_left(self._gaps, (start, stop))
         if place < len(self._gaps) and self._gaps[place][0] == stop:

@@ -138,8 +138,8 @@ class Scheduler:
         self.speculation.forget()
 
     def free(self) -> None:
-        """The same, and give the memory back."""
-        self.clear()
+        """Give the memory of the cache back, and with it all that is in it; nothing may be running."""
+        assert self.idle
         self.tree, self.slots = PrefixTree(self.tree.spec, self.memory_limit), Slots(self.tree.spec)
 
     def _with_guesses(self, chunk: Chunk, sequences: int) -> Chunk:
