@@ -19,7 +19,7 @@ WIDE, NARROW = Processor(16, 12, 2), Processor(8, 6, 2)
 WRITERS: dict[str, Callable[[Processor], ir.Module]] = {
     **{f"product {kind.name}": lambda on, kind=kind: Tiles(on, kind).module for kind in Kind},
     "attention forward": lambda on: Forward(on, 64).module,
-    "blocks": lambda on: blocks.Writer(on, 2).module,
+    "blocks": lambda on: blocks.Writer(on).module,
     "attention backward": lambda on: Backward(on, 64).module,
 }
 

@@ -137,7 +137,8 @@ def attend(
     steps = array(INTEGERS)
     for store in keys:
         steps.extend((NUMBER * store.stride(0) if store.dim() == 4 else 0, NUMBER * store.stride(-3)))
-    WATCHED.keep(tables, steps)
+    WATCHED.keep(steps)
+    WATCHED.keep_addresses(*tables)
     _compiled(on, dim, heads // kv_heads)(
         threads_for(pieces.tokens * kv_heads * dim),
         query.data_ptr(),

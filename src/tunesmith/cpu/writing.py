@@ -11,6 +11,7 @@ import platform
 import struct
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -80,6 +81,11 @@ def number_at(builder: ir.IRBuilder, numbers: Any, i: Any) -> Any:
 def smaller(builder: ir.IRBuilder, one: Any, other: Any) -> Any:
     """Of two integers."""
     return builder.select(builder.icmp_signed("<", one, other), one, other)
+
+
+def greater(builder: ir.IRBuilder, one: Any, other: Any) -> Any:
+    """Of two integers."""
+    return builder.select(builder.icmp_signed(">", one, other), one, other)
 
 
 def parts_of(builder: ir.IRBuilder, count: Any, size: int) -> Any:
@@ -233,6 +239,11 @@ class Watched(threading.local):
         """Let what kernels are given the address of, other than tensors, live as long as the tape."""
         if self.tape is not None:
             self.tape.kept.extend(objects)
+
+    def keep_addresses(self, *tables: array[int]) -> None:
+        """The same of what consists of addresses itself."""
+        if self.tape is not None:
+            self.tape.tables.extend(tables)
 
 
 WATCHED = Watched()

@@ -11,7 +11,7 @@ identity, Dao et al. 2022, arXiv:2205.14135), so nothing is copied or padded but
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from tunesmith.cpu import flash
 from tunesmith.cpu.attention import Piece, Pieces, Places, attend, cache, can_attend
 from tunesmith.cpu.sight import ALWAYS, Seen, Sight, reach_of
 from tunesmith.engine.cache import KeyValues, Node, Slots
+from tunesmith.engine.repeats import Memory
 
 READ_ALONE = 4096  # tokens of a node times rows below it, up to which reading them over again costs less than a merge
 
@@ -59,8 +60,8 @@ class CacheContext:
     below: Sequence[Below]
     _masks: dict[tuple[object, int | None], Tensor | None] = field(default_factory=dict)
     _sights: dict[tuple[object, int | None], Sight] = field(default_factory=dict)
-    pieces: dict[int | None, Pieces] = field(default_factory=dict)  # of the windows that were asked for
-    _places: Places | None = None
+    _pieces: dict[int | None, Pieces] = field(default_factory=dict)
+    _places: dict[int, Places] = field(default_factory=dict)  # by the first of the rows that are cached there
 
     def __post_init__(self) -> None:
         decoding = len(self.slot_index)
@@ -127,51 +128,42 @@ class CacheContext:
         kv = self.slots.kv
         if self.decoding and alone:
             rows = slice(self.decoding)
-            cache(key[:, rows], value[:, rows], kv.keys[layer], kv.values[layer], self.places_alone())
+            if 0 not in self._places:
+                self._places[0] = Places(self.slot_index.tolist(), self.offsets.tolist())
+            cache(key[:, rows], value[:, rows], kv.keys[layer], kv.values[layer], self._places[0])
         elif self.decoding:
             where = (self.slot_index, slice(None), self.offsets)
             kv.keys[layer][where] = key[:, : self.decoding].transpose(0, 1)
             kv.values[layer][where] = value[:, : self.decoding].transpose(0, 1)
         for span in self.spans:
-            into = slice(span.offset, span.offset + span.stop - span.start)
-            span.store.keys[layer][:, into] = key[:, span.start : span.stop]
-            span.store.values[layer][:, into] = value[:, span.start : span.stop]
+            rows, into = slice(span.start, span.stop), range(span.offset, span.offset + span.stop - span.start)
+            keys, values = span.store.keys[layer], span.store.values[layer]
+            if alone:
+                if span.start not in self._places:
+                    self._places[span.start] = Places([0] * len(into), into)
+                cache(key[:, rows], value[:, rows], keys[None], values[None], self._places[span.start])
+            else:
+                keys[:, into.start : into.stop], values[:, into.start : into.stop] = key[:, rows], value[:, rows]
 
     def _attend_alone(
         self, layer: int, query: Tensor, scaling: float, window: int | None, out: Tensor, lse: Tensor
     ) -> None:
         """query [heads, decoding, dim]; fills the first rows of out and lse."""
-        stores = self.stores
+        stores = [self.slots.kv, *(node.kv for node, _ in self.own_nodes)]
         keys, values = [kv.keys[layer] for kv in stores], [kv.values[layer] for kv in stores]
-        attend(query, keys, values, self.pieces_alone(window), scaling, out[: self.decoding], lse[: self.decoding])
+        if window not in self._pieces:
+            self._pieces[window] = self._look_alone(window)
+        attend(query, keys, values, self._pieces[window], scaling, out[: self.decoding], lse[: self.decoding])
 
-    @property
-    def stores(self) -> list[KeyValues]:
-        """What decoding rows read alone: the slots, and nodes."""
-        return [self.slots.kv, *(node.kv for node, _ in self.own_nodes)]
-
-    def places_alone(self) -> Places:
-        """Where the decoding rows' keys and values go."""
-        if self._places is None:
-            self._places = Places(self.slot_index.tolist(), self.offsets.tolist())
-        return self._places
-
-    def pieces_alone(self, window: int | None) -> Pieces:
-        """What each decoding row looks at: its slot up to itself, then nodes that it reads alone."""
-        if window not in self.pieces:
-            self.pieces[window] = self._look_alone(window)
-        return self.pieces[window]
-
-    def likeness(self, windows: set[int | None]) -> Hashable:
-        """What steps have in common whose decoding rows alone read the same memory, if other lengths of it; None where
-        other rows take part, or other rows' parts."""
-        if not self.decoding or self.spans or self.shared_nodes:
-            return None
-        nodes = tuple((id(node.kv), *rows) for node, rows in self.own_nodes)
-        looks = [self.pieces_alone(window) for window in windows]
-        return self.slots.version, nodes, *((*each.starts, each.tokens.bit_length()) for each in looks)
+    def memory(self) -> Memory:
+        """Of the cache, what each layer's rows read and write."""
+        written = [span.store for span in self.spans if span.store.memory is not None]  # the others are slots
+        nodes = {id(kv): kv for kv in (*written, *(each.node.kv for each in self.below))}
+        stores = (self.slots.kv, *nodes.values())
+        return Memory.of(list(zip(*(side for kv in stores for side in (kv.keys, kv.values)), strict=True)))
 
     def _look_alone(self, window: int | None) -> Pieces:
+        """What each decoding row looks at: its slot up to itself, then nodes that it reads alone."""
         rows: list[list[Piece]] = []
         for slot, offset in zip(self.slot_index.tolist(), self.offsets.tolist(), strict=True):
             rows.append([Piece(0, 0 if window is None else max(0, offset + 1 - window), offset + 1, slot)])

@@ -20,14 +20,14 @@ from tunesmith.engine.attention import CacheContext, Span
 from tunesmith.engine.cache import KvSpec, Slots
 from tunesmith.engine.packing import Packing, pack_numbers
 from tunesmith.engine.projection import AdapterTables, Mix, Projection, Segment
-from tunesmith.engine.replay import MOST_ROWS, Replays
+from tunesmith.engine.repeats import Memory, Repeats
 from tunesmith.models.embedding import LoraEmbedding
 from tunesmith.models.fused_ops import norm_of, rotate_, swiglu
 from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import LayerAttention, Listener, run_body
 
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
-FEW_ROWS = 16  # decoding rows to an adapter, from which on products are worth their calls
+NO_MEMORY = Memory.of(())
 TRIED = 5  # tokens on which the bodies are compared
 MERGE_AFTER = 2048  # rows that one adapter must have had to itself before it is put into the weights
 
@@ -100,6 +100,11 @@ class PackedLayer:
         swiglu(self.gate_up(normed, mix), active)
         self.down(active, mix, x)
 
+    def memory(self, mix: Mix) -> list[Tensor]:
+        """What of its own it reads."""
+        norms = [self.before_attention, self.before_mlp, *(self.head_norms or ())]
+        return [norm.weight for norm in norms] + [each for part in self.projections for each in part.memory(mix)]
+
 
 class PackedBody:
     """A decoder of the Llama kind with packed weights. They are copies: the base must not change afterwards.
@@ -121,9 +126,10 @@ class PackedBody:
         merged = sum(each.bytes for each in projections)
         self._merges = packing is pack_numbers and merged <= adapter_limit // 2
         self.tables = AdapterTables(projections, adapter_limit - merged if self._merges else adapter_limit)
-        self._windows, self._replays = {layer.window for layer in self._layers}, Replays()
+        self._repeats = Repeats()
         self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
-        self._last: tuple[Any, Mix] = (None, Mix.of((), 0, {}))  # what the latest mix was made from, and it
+        self._last: tuple[Any, Mix] = (None, Mix.of((), {}))  # what the latest mix was made from, and it
+        self._own: tuple[Any, Memory, list[int]] = (None, NO_MEMORY, [])  # when the layers' own memory was looked at
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]
@@ -136,18 +142,25 @@ class PackedBody:
         whole = segments[0][0] if segments and segments[0][1:] == (0, len(input_ids)) else None
         whole = whole if whole in self.tables.places else None
         self._merge_where_it_pays(whole, len(input_ids))
-        mix = self._mix(segments, context.decoding, whole)
+        mix = self._mix(segments, whole)
 
-        def through(x: Tensor, cos: Tensor, sin: Tensor, context: CacheContext) -> None:
-            for layer in self._layers:
-                layer(x, cos, sin, context, mix)
-            self._norm.forward(x, x)
+        def call(layer: int, x: Tensor) -> None:
+            self._layers[layer](x, cos, sin, context, mix)
 
-        if len(input_ids) <= MOST_ROWS and (like := context.likeness(self._windows)) is not None:
-            key = len(input_ids), like, self._last[0], self.tables.version
-            return self._replays.run(key, (x, cos, sin), context, through)
-        through(x, cos, sin, context)
+        memory, kinds = self._memory(mix)
+        takes = [tuple(part.takes(mix) for part in layer.projections) for layer in self._layers]
+        self._repeats.run(call, x, list(zip(kinds, takes, strict=True)), memory.beside(context.memory()))
+        self._norm.forward(x, x)
         return x
+
+    def _memory(self, mix: Mix) -> tuple[Memory, list[int]]:
+        """What each layer has to itself besides the cache, and numbers that are the same for layers of one form."""
+        when = self.tables.version, mix.whole == self.tables.merged
+        if when != self._own[0]:
+            found = [layer.memory(mix) for layer in self._layers]
+            forms = [(layer.window, *(t.shape for t in own)) for layer, own in zip(self._layers, found, strict=True)]
+            self._own = when, Memory.of(found), [forms.index(form) for form in forms]
+        return self._own[1:]
 
     def _merge_where_it_pays(self, whole: str | None, rows: int) -> None:
         """An adapter that keeps the engine to itself gets weights of its own; making them costs some hundred rows."""
@@ -156,14 +169,11 @@ class PackedBody:
         if whole is not None and self._merges and self._alone[1] >= MERGE_AFTER and self.tables.merged != whole:
             self.tables.merge(whole)
 
-    def _mix(self, segments: tuple[Segment, ...], decoding: int, whole: str | None) -> Mix:
-        """Decoding rows are taken by the tables where there are few to an adapter."""
-        runs = sum(start < decoding for _, start, _ in segments)
-        singles = decoding if runs * FEW_ROWS > decoding else 0
+    def _mix(self, segments: tuple[Segment, ...], whole: str | None) -> Mix:
         places = tuple(self.tables.places.get(name) for name, _, _ in segments)
-        key = (segments, singles, places, whole)
+        key = (segments, places, whole)
         if key != self._last[0]:
-            self._last = key, Mix.of(segments, singles, self.tables.places, whole)
+            self._last = key, Mix.of(segments, self.tables.places, whole)
         return self._last[1]
 
 

@@ -236,7 +236,6 @@ class Slots:
     def __init__(self, spec: KvSpec) -> None:
         self.spec = spec
         self.count = self.room = 0  # slots; tokens in each
-        self.version = 0  # another after each resize, which moves everything
         self.kv = spec.empty(0, 0)
 
     @property
@@ -255,7 +254,7 @@ class Slots:
                 fresh = _zeros(before, count, before.shape[1], room, before.shape[3])
                 fresh[:slots, :, :tokens] = before[:slots, :, :tokens]
                 tensors[layer] = fresh  # one layer at a time: the old one is freed before the next is made
-        self.count, self.room, self.version = count, room, self.version + 1
+        self.count, self.room = count, room
 
     def slot(self, index: int) -> KeyValues:
         """One slot's keys and values, views."""

@@ -30,6 +30,7 @@ class DequantisedLinear:
         widths = [linear.out_features for linear in linears]
         self._out, self._in = sum(widths), linears[0].in_features
         self.bias = joined_bias(widths, [linear.bias for linear in linears])
+        self.memory: list[Tensor] = []  # kernels read none of it
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """[rows, in] -> [rows, out], new, or added to `onto`."""

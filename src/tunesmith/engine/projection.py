@@ -1,9 +1,8 @@
 """Linears with packed weights and any mix of adapters over them, for the engine's fast body.
 
-All adapters' A and B lie row by row in one table each, and a step's rows use them in two ways. Decoding sequences have
-a row or a few guessed ones each on many adapters: just the rows of the tables that are needed are read once, whatever
-the ranks (cpu/thin.py). Runs of prompt tokens have many rows on one adapter: products (cpu/blocks.py). In both one call
-does it for all adapters, where one each would be nearly all overhead.
+All adapters' A and B lie row by row in one table each. One call does it for all adapters of a step, where one each
+would be nearly all overhead: decoding sequences have a row or a few guessed ones each, runs of prompt tokens many
+(cpu/blocks.py).
 
 DoRA is y = g (W x + s B A x) + bias: its B is put into the tables with g in it, and W x is multiplied beforehand.
 
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.cpu import blocks, thin
+from tunesmith.cpu import blocks
 from tunesmith.engine.packing import Packing, Product
 from tunesmith.models.dora import gain
 from tunesmith.models.lora import LoraLinear, LoraModel
@@ -65,39 +64,18 @@ class Place:
 
 @dataclass
 class Mix:
-    """Which rows of a step use which adapter. `runs` have many rows each, `singles` one each, from row 0 on.
-
-    A single without adapter has a place of rank 0.
-    """
+    """Which rows of a step use which adapter: its name and place, the first row and one past the last."""
 
     runs: tuple[tuple[str, Place, int, int], ...]
-    singles: tuple[tuple[str | None, Place], ...]
     whole: str | None = None  # the adapter that every row uses, where it is one
 
     def __post_init__(self) -> None:
-        self.run_names = frozenset(name for name, *_ in self.runs)
-        self.single_names = frozenset(name for name, _ in self.singles)
+        self.names = frozenset(name for name, *_ in self.runs)
         self.blocks = blocks.Blocks([(place.rows, start, stop) for _, place, start, stop in self.runs])
-        uses, start = [], 0
-        for (_, place), same in itertools.groupby(self.singles):  # a sequence's guesses stand side by side
-            stop = start + len(list(same))
-            uses.append((place.rows, start, stop))
-            start = stop
-        self.entries = thin.Entries(uses)
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], singles: int, places: dict[str, Place], whole: str | None = None) -> Mix:
-        """`singles`: how many leading rows are to be taken one by one."""
-        own: list[tuple[str | None, Place]] = [(None, Place())] * singles
-        runs = []
-        for name, start, stop in segments:
-            if name not in places:
-                continue
-            for row in range(start, min(stop, singles)):
-                own[row] = (name, places[name])
-            if stop > singles:
-                runs.append((name, places[name], max(start, singles), stop))
-        return cls(tuple(runs), tuple(own), whole)
+    def of(cls, segments: Sequence[Segment], places: dict[str, Place], whole: str | None = None) -> Mix:
+        return cls(tuple((name, places[name], a, b) for name, a, b in segments if name in places), whole)
 
 
 class Projection:
@@ -176,19 +154,30 @@ class Projection:
     def unmerge(self) -> None:
         self._merged = None
 
+    def takes(self, mix: Mix) -> bool:
+        """Whether some adapter of the mix is to be added."""
+        return not self._names.isdisjoint(mix.names)
+
+    def memory(self, mix: Mix) -> list[Tensor]:
+        """What of its own it reads then."""
+        return [*self._product(mix).memory, self._downs, self._ups, self._ends]
+
+    def _product(self, mix: Mix) -> Product:
+        """Of the base's weights, or of those with an adapter in them where that is the only one."""
+        return self._packed if self._merged is None or self._merged[0] != mix.whole else self._merged[1]
+
     def __call__(self, x: Tensor, mix: Mix, onto: Tensor | None = None) -> Tensor:
         """[rows, in] -> [rows, sum of out], new, or added to `onto`."""
-        if self._merged is not None and self._merged[0] == mix.whole:
-            return self._merged[1](x, onto)
+        product = self._product(mix)
+        if product is not self._packed:
+            return product(x, onto)
         if self._gains and onto is not None:  # which DoRA does not multiply
             return onto.add_(self(x, mix))
         y = self._packed(x, onto)
         if self._gains:
             self._multiply(y, mix)
-        if not self._names.isdisjoint(mix.run_names):
+        if self.takes(mix):
             blocks.add(self._downs, self._ups, self._ends, mix.blocks, x, y)
-        if mix.entries.pairs and not self._names.isdisjoint(mix.single_names):
-            thin.add(self._downs, self._ups, self._ends, mix.entries, x, y)
         return y
 
     def _multiply(self, y: Tensor, mix: Mix) -> None:
@@ -199,13 +188,6 @@ class Projection:
             if more is not None:
                 part = y[start:stop]
                 part.addcmul_(part if bias is None else part - bias, more)
-        found = [(row, self._gains.get(name)) for row, (name, _) in enumerate(mix.singles)]
-        gains = {row: more for row, more in found if more is not None}
-        if gains:
-            rows = torch.tensor(list(gains))
-            part = y[rows]
-            plain = part if bias is None else part - bias
-            y[rows] = torch.addcmul(part, plain, torch.stack(list(gains.values())))
 
 
 def _longer(table: Tensor, rows: int) -> Tensor:

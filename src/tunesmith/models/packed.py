@@ -29,6 +29,11 @@ class PackedLinear:
         """weights: each [out, in]; biases: each [out], or None."""
         return cls(Panels.of(stacked(weights)), joined_bias([len(weight) for weight in weights], biases))
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """What it reads, in an order of its own."""
+        return [self.panels.numbers, *(each for each in (self.panels.scale, self.bias) if each is not None)]
+
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """[rows, in] -> [rows, out], new, or added to `onto`."""
         return product(x, self.panels, out=onto, added=onto, bias=self.bias)
