@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import Request
-from tunesmith.models.catalogue import resolve
+from tunesmith.models.catalogue import gguf_file, resolve
 from tunesmith.models.loading import load_base
 from tunesmith.models.lora import LoraModel, add_new_adapter, wrap
 from tunesmith.models.peft_format import remove_adapter, save_adapter
@@ -164,9 +164,11 @@ def stream(bench: Bench) -> None:
         OURS: by_engine(bench.engine, asked, out),
         "tunesmith, int8": by_engine(eighth, asked, out),
     }
-    if importlib.util.find_spec("llama_cpp"):
-        runs["llama.cpp Q4_1"] = by_llama_cpp(asked, out)
-    rates = compare(f"one stream, {out} out", runs, bench.repeat)
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("llama_cpp"):
+            runs["llama.cpp Q4_1"] = by_llama_cpp(gguf_file(BASE), asked, out)
+            runs["llama.cpp Q8_0"] = by_llama_cpp(in_eight_bits(gguf_file(BASE), Path(folder)), asked, out)
+        rates = compare(f"one stream, {out} out", runs, bench.repeat)
     bench.at_least("one stream, fp32", ahead(rates, "transformers"), 2, "transformers")
     bench.at_least("one stream, int8", ahead(rates, "transformers", "tunesmith, int8"), 4, "transformers")
 
@@ -281,11 +283,11 @@ def by_peft(folder: Path, names: list[str], asked: list[list[int]], out: int) ->
     return by_transformers(model.eval(), asked, out, len(asked), adapter_names=names)
 
 
-def by_llama_cpp(asked: list[list[int]], out: int) -> Run:
+def by_llama_cpp(file: Path, asked: list[list[int]], out: int) -> Run:
     from llama_cpp import Llama
 
-    source = next(resolve(BASE).folder.glob("*.gguf"))
-    model = Llama(str(source), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+    threads = torch.get_num_threads()
+    model = Llama(str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def run() -> int:
         model.reset()
@@ -295,6 +297,16 @@ def by_llama_cpp(asked: list[list[int]], out: int) -> Run:
         return out
 
     return run
+
+
+def in_eight_bits(file: Path, folder: Path) -> Path:
+    """The same weights in Q8_0, by llama.cpp itself."""
+    import llama_cpp
+
+    settings, target = llama_cpp.llama_model_quantize_default_params(), folder / "Q8_0.gguf"
+    settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+    assert llama_cpp.llama_model_quantize(str(file).encode(), str(target).encode(), settings) == 0
+    return target
 
 
 WORKS: dict[str, Callable[[Bench], None]] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from train_sets import VOCABULARIES, Row, make_rows
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from tunesmith.data.batches import Step
 from tunesmith.models.loading import LoadedBase, load_base
@@ -59,14 +59,13 @@ def make_adapter(folder: Path) -> None:
     save_adapter(lora, "start", folder, section, BASE)
 
 
-def needed_flops(model: PreTrainedModel, adapter_weights: int, step: Step) -> int:
+def needed_flops(config: PretrainedConfig, body: int, adapter_weights: int, step: Step) -> int:
     """What a step's products can't do without, two to a multiplication.
 
     The frozen linears and the head forward and back to their input; attention's two products forward and five back for
-    every pair of tokens where one sees the other; the adapter's product forward and its two back.
+    every pair of tokens where one sees the other; the adapter's product forward and its two back. `body`: how many
+    weights the inner linears have.
     """
-    config = model.config
-    body = sum(linear.weight.numel() for linear in linears(model).values())
     head = config.vocab_size * config.hidden_size
     scored = seen = 0
     for group in step.groups:
@@ -90,6 +89,7 @@ def run_tunesmith(name: str, rows: list[Row], adapter: Path, steps: int) -> dict
     from tunesmith.types import TokenizedExample
 
     model = load(name).model
+    inner = sum(linear.weight.numel() for linear in linears(model).values())  # once wrapped, the head is among them
     lora = wrap(model)
     load_adapter(lora, "tuned", adapter)
     lora.use("tuned")
@@ -110,7 +110,7 @@ def run_tunesmith(name: str, rows: list[Row], adapter: Path, steps: int) -> dict
         [m.seconds for m in seen],
         [m.tokens for m in seen],
         [m.computed_tokens for m in seen],
-        [needed_flops(model, sum(p.numel() for p in parameters.values()), plan[i]) for i in range(steps)],
+        [needed_flops(model.config, inner, sum(p.numel() for p in parameters.values()), plan[i]) for i in range(steps)],
     )
 
 
