@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tunesmith.engine.repeats import Memory, Repeats
 from tunesmith.engine.request import Answer, Request
 from tunesmith.models.fused_ops import swiglu
 from tunesmith.models.lora import wrap
+from tunesmith.models.peft_format import save_adapter
 
 pytestmark = pytest.mark.skipif(processor() is None, reason="no kernels")
 WIDE = {"head_dim": 16}  # a whole vector of any processor: attention by kernels
@@ -116,6 +118,29 @@ def test_an_adapter_with_dora_is_left_to_the_interpreter(played: list[int]) -> N
     put(lora, "d", rank=4, targets="all-linear", kind="dora")
     ask(engine_over(lora, packed=True), [5, 6, 7], adapter="d")
     assert not played
+
+
+def test_dora_in_some_layers_is_not_lost_in_those_like_the_others(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """By the time it comes, the calls of layers without it are known to hold."""
+    base, upper = wrap(build("llama", **WIDE)), r".*layers\.[23]\..*_proj"
+    for name, targets, kind in (("a", "all-linear", "lora"), ("d", upper, "dora")):
+        section = put(base, name, rank=4, targets=targets, kind=kind, seed=ord(name))
+        save_adapter(base, name, tmp_path / name, section, "tiny")
+
+    def answers() -> list[tuple[list[int], list[float] | None]]:
+        engine, found = engine_with("llama", {}), list[Answer]()
+        for name in "ad":
+            engine.add_adapter(name, tmp_path / name)
+            found += ask(engine, [5, 6, 7], adapter=name) + ask(engine, [5, 6, 7])
+        names = [*"ad", None] * 4
+        found += engine.generate([Request(prompt_ids=[9, 5 + i], adapter=name) for i, name in enumerate(names)])
+        return [(each.ids, each.logprobs) for each in found]
+
+    found = answers()
+    request.getfixturevalue("interpreted")
+    assert found == answers()
 
 
 def test_a_tape_plays_what_was_watched_elsewhere() -> None:

@@ -62,7 +62,7 @@ class PackedLayer:
     def __init__(self, layer: Any, index: int, head_dim: int, packing: Packing, calls: LayerAttention) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.head_dim = index, head_dim
-        self.window, self.calls = calls.sliding_window, asdict(calls)
+        self.calls = asdict(calls)
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [_out_features(part) // head_dim for part in parts]
         self.heads, self.kv_heads = heads[0], heads[1]
@@ -147,9 +147,9 @@ class PackedBody:
         def call(layer: int, x: Tensor) -> None:
             self._layers[layer](x, cos, sin, context, mix)
 
-        memory, kinds = self._memory(mix)
-        takes = [tuple(part.takes(mix) for part in layer.projections) for layer in self._layers]
-        self._repeats.run(call, x, list(zip(kinds, takes, strict=True)), memory.beside(context.memory()))
+        memory, forms = self._memory(mix)
+        ways = [tuple(part.way(mix) for part in layer.projections) for layer in self._layers]
+        self._repeats.run(call, x, list(zip(forms, ways, strict=True)), memory.beside(context.memory()))
         self._norm.forward(x, x)
         return x
 
@@ -158,7 +158,7 @@ class PackedBody:
         when = self.tables.version, mix.whole == self.tables.merged
         if when != self._own[0]:
             found = [layer.memory(mix) for layer in self._layers]
-            forms = [(layer.window, *(t.shape for t in own)) for layer, own in zip(self._layers, found, strict=True)]
+            forms = [(layer.calls, [t.shape for t in own]) for layer, own in zip(self._layers, found, strict=True)]
             self._own = when, Memory.of(found), [forms.index(form) for form in forms]
         return self._own[1:]
 

@@ -154,9 +154,10 @@ class Projection:
     def unmerge(self) -> None:
         self._merged = None
 
-    def takes(self, mix: Mix) -> bool:
-        """Whether some adapter of the mix is to be added."""
-        return not self._names.isdisjoint(mix.names)
+    def way(self, mix: Mix) -> tuple[bool, bool]:
+        """The same for projections that call the same kernels: whether some adapter of the mix is to be added, and
+        whether some adapter has DoRA."""
+        return not self._names.isdisjoint(mix.names), bool(self._gains)
 
     def memory(self, mix: Mix) -> list[Tensor]:
         """What of its own it reads then."""
@@ -171,12 +172,13 @@ class Projection:
         product = self._product(mix)
         if product is not self._packed:
             return product(x, onto)
-        if self._gains and onto is not None:  # which DoRA does not multiply
+        adds, multiplies = self.way(mix)
+        if multiplies and onto is not None:  # which DoRA does not multiply
             return onto.add_(self(x, mix))
         y = self._packed(x, onto)
-        if self._gains:
+        if multiplies:
             self._multiply(y, mix)
-        if self.takes(mix):
+        if adds:
             blocks.add(self._downs, self._ups, self._ends, mix.blocks, x, y)
         return y
 
