@@ -1,5 +1,6 @@
 """The fused decoder against the model's own modules."""
 
+import gc
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ from decoders import DECODERS, SIZES, gradients, make_decoder, make_rows, one_by
 from tunesmith.data.batches import Layout, make_step
 from tunesmith.models.lora import add_new_adapter, add_token_rows, wrap
 from tunesmith.recipe import Adapter
+from tunesmith.train import gradient
 from tunesmith.train.bodies import FusedBody, make_body
 from tunesmith.train.estimate import choose_layout
 from tunesmith.train.forward import ModuleBody
@@ -219,3 +221,27 @@ def test_a_row_longer_than_is_computed_at_a_time_is_not_said_to_be_too_large(mon
     layout = choose_layout(fused, parameters, ROWS, 10**12, share=True, pack=True)
     assert layout is not None
     assert layout.token_budget == longest
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_prefix_is_gone_when_its_step_is(fused, monkeypatch):
+    """Without the collector: what only that could free stays for hundreds of steps."""
+    model = make_decoder("llama")
+    lora = adapted(model)
+    body = make_body(model, lora, "a") if fused else ModuleBody(model)
+    kept, run_prefix = list[weakref.ref](), gradient.run_prefix
+
+    def watched(*given):
+        cache = run_prefix(*given)
+        kept.extend(weakref.ref(tensor) for tensor in cache.tensors())
+        return cache
+
+    monkeypatch.setattr(gradient, "run_prefix", watched)
+    step = make_step(0, 1.0, ROWS, Layout(100))
+    gc.disable()
+    try:
+        accumulate(body, step, sft)
+    finally:
+        gc.enable()
+    assert kept
+    assert not [ref for ref in kept if ref() is not None]

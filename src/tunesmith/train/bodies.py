@@ -210,7 +210,8 @@ class _FusedPass(torch.autograd.Function):
         hidden, held = decoder.forward(inputs[0], positions, attention, rows, keep=keep)
         ctx.set_materialize_grads(False)
         ctx.decoder, ctx.held, ctx.attention, ctx.inputs = decoder, held, attention, inputs
-        recorded = attention.context.recorded
+        # Not kept: what ctx holds of its own outputs holds ctx, and would never be freed.
+        recorded, attention.context.recorded = attention.context.recorded, None
         return hidden, *([] if recorded is None else recorded.tensors())
 
     @staticmethod
