@@ -59,7 +59,8 @@ class Blocks:
         no two have a row of x in common."""
         self.uses = [use for use in uses if len(use[0])]
         self.work = sum(len(ranks) * (stop - start) for ranks, start, stop in self.uses)
-        self.room, self.threads = 0, torch.get_num_threads()  # for how many ranks of rows x A^T needs memory
+        self.threads = torch.get_num_threads()  # that the units are given to
+        self.room = 0  # numbers of x A^T, to a linear
         units = [] if (on := processor()) is None else list(self._units(on))
         self.table = torch.tensor(units, dtype=torch.long).reshape(-1, FIELDS)
 
@@ -132,7 +133,8 @@ def add(downs: Tensor, ups: Tensor, ends: Tensor, blocks: Blocks, x: Tensor, y: 
     assert y.shape[1] == ups.shape[1]
     low = x.new_empty(blocks.room * linears)
     units, threads = len(blocks.table), threads_for(blocks.work * (linears * width + y.shape[1]))
-    for what in (WHOLE,) if units >= UNITS_A_THREAD * threads == UNITS_A_THREAD * blocks.threads else (DOWN, UP):
+    each_its_own = threads == blocks.threads and units >= UNITS_A_THREAD * threads
+    for what in (WHOLE,) if each_its_own else (DOWN, UP):
         _compiled(on)(
             threads,
             what,

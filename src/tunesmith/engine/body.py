@@ -27,7 +27,6 @@ from tunesmith.models.lora import LoraModel
 from tunesmith.tree.body import LayerAttention, Listener, run_body
 
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
-NO_MEMORY = Memory.of(())
 TRIED = 5  # tokens on which the bodies are compared
 MERGE_AFTER = 2048  # rows that one adapter must have had to itself before it is put into the weights
 
@@ -129,7 +128,7 @@ class PackedBody:
         self._repeats = Repeats()
         self._alone: tuple[str | None, int] = (None, 0)  # the adapter that had the last steps to itself; their rows
         self._last: tuple[Any, Mix] = (None, Mix.of((), {}))  # what the latest mix was made from, and it
-        self._own: tuple[Any, Memory, list[int]] = (None, NO_MEMORY, [])  # when the layers' own memory was looked at
+        self._own: tuple[Any, Memory, list[int]] = (None, Memory.of(()), [])  # when layers' memory was looked at
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, context: CacheContext, segments: tuple[Segment, ...]

@@ -35,7 +35,7 @@ class LayerShape:
     value_dim: int
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class KeyValues:
     """Keys and values of a run of tokens, by layer: [kv_heads, tokens, dim], or [slots, kv_heads, tokens, dim]."""
 

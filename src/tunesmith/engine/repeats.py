@@ -13,13 +13,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tunesmith.cpu.tape import Moved, watching
-
-Ints = npt.NDArray[np.int64]
+from tunesmith.cpu.tape import Ints, Moved, watching
 
 
 @dataclass(frozen=True)
