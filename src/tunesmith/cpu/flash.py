@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.cpu.flash_kernels import Backward, Forward
+from tunesmith.cpu.flash_kernels import Backward, Forward, slim
 from tunesmith.cpu.layouts import lay_out
-from tunesmith.cpu.sight import Seen, Sight
+from tunesmith.cpu.sight import Sight
 from tunesmith.cpu.writing import NUMBER, Processor, bits_of, compiled, once, processor, threads_for
 
 
@@ -32,13 +32,6 @@ def can_see(query: Tensor, value: Tensor) -> bool:
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % on.columns == 0
     )
-
-
-def look(seen: Seen) -> Sight:
-    """What `forward` and `backward` are told of who sees what; made once for all layers."""
-    on = processor()
-    assert on is not None
-    return Sight(seen, on.columns)
 
 
 def forward(
@@ -85,12 +78,14 @@ def backward(
     """Writes the gradients of query, key and value, shaped as these. `seen`: query, key, value, out and lse."""
     (query, key, value), (out, lse), d_out = map(_lined_up, seen[:3]), seen[3:], _lined_up(d_out)
     on, (_, heads, dim), (keys, kv_heads, _) = _checked(query, key, value, out, lse, sight), query.shape, key.shape
-    d_query, d_key, d_value = grads
+    d_query, *rest = grads
     assert d_query.stride(2) == 1
     panels = _turned(on, key), _turned(on, value), _split(on, key)
-    by_head = query.new_zeros(2, heads, keys, dim)
+    threads = threads_for(query.numel() * keys)
+    parts = min(threads, heads // kv_heads)
+    by_part = query.new_zeros(2, kv_heads, parts, keys, dim)
     _backward(on, dim)(
-        threads_for(query.numel() * keys),
+        threads,
         *_rows(query),
         *_rows(d_out),
         out.data_ptr(),
@@ -98,11 +93,12 @@ def backward(
         lse.data_ptr(),
         *(each.data_ptr() for each in panels),
         *_rows(d_query),
-        *(each.data_ptr() for each in by_head),
+        *(each.data_ptr() for each in by_part),
+        parts,
         *_sight_and_sizes(sight, query, key, scaling),
     )
-    for grad, found in zip((d_key, d_value), by_head, strict=True):
-        grad.copy_(found.unflatten(0, (kv_heads, heads // kv_heads)).sum(1).transpose(0, 1))
+    for grad, found in zip(rest, by_part, strict=True):
+        grad.copy_(found.sum(1).transpose(0, 1))
 
 
 def _checked(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, sight: Sight) -> Processor:
@@ -140,7 +136,7 @@ def _sight_and_sizes(sight: Sight, query: Tensor, key: Tensor, scaling: float) -
 def _turned(on: Processor, x: Tensor) -> Tensor:
     """[keys, kv_heads, dim] -> [kv_heads, panels, dim, columns]: a key in each column; what is beyond the last is any
     number."""
-    keys, heads, dim = x.shape
+    (keys, heads, dim), on = x.shape, slim(on)
     out = x.new_empty(heads, -(-keys // on.columns), dim, on.columns)
     lay_out(on, "turned", x, out.data_ptr(), NUMBER * dim * on.columns)
     return out

@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 
 from tunesmith.cpu.lanes import Lanes, exp, sum_along
-from tunesmith.cpu.sight import PIECE, ROWS
+from tunesmith.cpu.sight import FIELDS, GRAIN, PANEL, PIECE, ROWS
 from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, walk
 from tunesmith.cpu.writing import (
     ADDRESS,
@@ -34,10 +34,10 @@ from tunesmith.cpu.writing import (
 )
 
 LINE = PIECE * NUMBER  # bytes of a row of scores
+ONE = long(NUMBER)  # the step to a number's neighbour
 HIDDEN = -1e38  # the score of a key that a row does not see
 LOWEST = -1e30  # of all scores so far, when there are none
 
-YES, NO = (ir.Constant(ir.IntType(1), answer) for answer in (1, 0))
 MATRIX = [ADDRESS, LONG, LONG]  # [rows, heads, dim]: where it begins, the steps in bytes from row to row, head to head
 SIGHT = [*[ADDRESS] * 7, LONG]
 SIZES = [LONG] * 5
@@ -45,32 +45,47 @@ SIZES = [LONG] * 5
 
 @dataclass(frozen=True)
 class Matrix:
-    """[rows, dim] of one head; `step` in bytes from row to row."""
+    """[rows, columns] of one head; steps in bytes from row to row, and along one."""
 
     start: Any
     step: Any
+    along: Any = ONE
+
+    @property
+    def turned(self) -> Matrix:
+        return Matrix(self.start, self.along, self.step)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Some of the keys that a block of rows sees."""
+    """Some of the keys that a block of rows sees, and which of its rows see any of them."""
 
     key: Any  # the first
     keys: Any
-    hides: Any  # whether some of them from some rows
-    begins_here: Any  # whether it is the block's first
+    row: Any  # the first, within the block
+    rows: Any
+    hides: Any  # whether some of the keys from some of the rows
+
+
+def slim(on: Processor) -> Processor:
+    """The same with tiles as wide as a panel of keys."""
+    return on._replace(vectors=PANEL // on.width)
 
 
 class Blocks:
     """What forward and backward share: blocks of rows against runs of keys, and products of their tiles."""
 
     def __init__(self, on: Processor, dim: int) -> None:
-        assert ROWS % on.rows == 0
-        assert PIECE % on.columns == 0
+        assert GRAIN % on.rows == 0
+        assert PANEL % on.width == 0
         assert dim % on.columns == 0
         self.on, self.dim, self.module = on, dim, new_module()
         self.line, self.size = on.columns * NUMBER, dim * NUMBER  # bytes of a tile's row, of a head
-        self.tiles = {rows: self._tile(rows) for rows in range(1, on.rows + 1)}
+        self.slim = slim(on)
+        self.tiles = {
+            each.vectors: {rows: self._tile(each, rows) for rows in range(1, each.rows + 1)}
+            for each in dict.fromkeys((on, self.slim))
+        }
 
     def begin(self, kinds: list[ir.Type]) -> tuple[Any, Any, Any]:
         """The function of a thread: its arguments but those of SIGHT and SIZES, its number, and how many there are."""
@@ -79,64 +94,70 @@ class Blocks:
         own, rest = f.arguments[2 : 2 + len(kinds)], f.arguments[2 + len(kinds) :]
         self.order, self.places, *self.key_bounds, self.table, self.starts, self.blocks = rest[: len(SIGHT)]
         self.rows, self.heads, self.group, self.keys, bits = rest[len(SIGHT) :]
-        self.scale, self.panels = given_number(self.b, bits), parts_of(self.b, self.keys, self.on.columns)
+        self.scale, self.panels = given_number(self.b, bits), parts_of(self.b, self.keys, PANEL)
         return own, f.arguments[0], f.arguments[1]
 
-    def _tile(self, rows: int) -> ir.Function:
+    def _tile(self, on: Processor, rows: int) -> ir.Function:
         """y = x w + added: x [rows, inner], with steps from row to row and along one; w a panel; added is y or none."""
-        f = Function(self.module, f"tile of {rows}", [ADDRESS, LONG, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, ADDRESS])
+        name = f"tile of {rows}, {on.vectors}"
+        f = Function(self.module, name, [ADDRESS, LONG, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, ADDRESS])
         f.itself.attributes.add("noinline")
         x, x_row, x_step, w, w_step, inner, y, y_step, added = f.arguments
-        sums = [Lanes(f, self.on.width).number(0.0)] * (rows * self.on.vectors)
-        sums = walk(f, self.on, sums, (x, x_row, x_step), (w, w_step), inner)
-        store(f, self.on, plus(f, self.on, sums, added, y_step), y, y_step)
+        sums = [Lanes(f, on.width).number(0.0)] * (rows * on.vectors)
+        sums = walk(f, on, sums, (x, x_row, x_step), (w, w_step), inner)
+        store(f, on, plus(f, on, sums, added, y_step), y, y_step)
         return f.end()
 
-    def multiply(self, x: tuple[Any, Any, Any], rows: Any, w: Matrix, inner: Any, y: Matrix, adds: Any) -> None:
-        """y [rows, columns] = x w, or added to it: one panel's width. x: where, and its steps, as in `_tile`."""
+    def multiply(self, on: Processor, x: Matrix, rows: Any, w: Matrix, inner: Any, y: Matrix, *, adds: bool) -> None:
+        """y [rows, columns] = x w, or added to it: one panel's width."""
         f, b = self.f, self.b
-        tiles = parts_of(b, rows, self.on.rows)
+        tiles = parts_of(b, rows, on.rows)
         with f.loop(long(0), tiles) as (tile, _, _):
             row, end = share_of(b, rows, tile, tiles)
-            arguments = [at(b, x[0], b.mul(row, x[1])), *x[1:], w.start, w.step, inner]
+            arguments = [at(b, x.start, b.mul(row, x.step)), x.step, x.along, w.start, w.step, inner]
             into = at(b, y.start, b.mul(row, y.step))
-            arguments += [into, y.step, b.select(adds, into, NOWHERE)]
-            call_for(f, self.tiles, b.sub(end, row), arguments)
+            arguments += [into, y.step, into if adds else NOWHERE]
+            call_for(f, self.tiles[on.vectors], b.sub(end, row), arguments)
 
-    def across(
-        self, x: tuple[Any, Any, Any], rows: Any, w: Matrix, inner: Any, y: Matrix, adds: Any, panel: Any
-    ) -> None:
-        """y [rows, dim] = x w, or added to it: panel after panel, each `panel` bytes of w on."""
+    def add_across(self, x: Matrix, rows: Any, w: Matrix, inner: Any, y: Matrix, panel: Any) -> None:
+        """y [rows, dim] += x w: panel after panel, each `panel` bytes of w on."""
         b = self.b
         with self.f.loop(long(0), long(self.dim // self.on.columns)) as (i, _, _):
             here = Matrix(at(b, w.start, b.mul(i, panel)), w.step)
-            self.multiply(x, rows, here, inner, Matrix(at(b, y.start, b.mul(i, long(self.line))), y.step), adds)
+            into = Matrix(at(b, y.start, b.mul(i, long(self.line))), y.step)
+            self.multiply(self.on, x, rows, here, inner, into, adds=True)
 
-    def scores(self, x: Matrix, rows: Any, panels: Any, run: Run, into: Any) -> None:
-        """x [rows, dim] with each of a run's keys (or values), which lie turned."""
+    def scores(self, x: Matrix, panels: Any, run: Run, into: Any) -> None:
+        """A run's rows of x [rows of the block, dim] with each of its keys (or values), which lie turned."""
         b = self.b
         start = at(b, panels, b.mul(run.key, long(self.size)))
-        with self.f.loop(long(0), parts_of(b, run.keys, self.on.columns)) as (i, _, _):
-            w = Matrix(at(b, start, b.mul(i, long(self.dim * self.line))), long(self.line))
-            y = Matrix(at(b, into, b.mul(i, long(self.line))), long(LINE))
-            self.multiply((x.start, x.step, long(NUMBER)), rows, w, long(self.dim), y, NO)
+        x, into = self.rows_of(x, run), self.rows_of(Matrix(into, long(LINE)), run).start
+        with self.f.loop(long(0), parts_of(b, run.keys, PANEL)) as (i, _, _):
+            w = Matrix(at(b, start, b.mul(i, long(PANEL * self.size))), long(PANEL * NUMBER))
+            y = Matrix(at(b, into, b.mul(i, long(PANEL * NUMBER))), long(LINE))
+            self.multiply(self.slim, x, run.rows, w, long(self.dim), y, adds=False)
+
+    def rows_of(self, x: Matrix, run: Run) -> Matrix:
+        """Of a block's rows those of a run."""
+        return Matrix(at(self.b, x.start, self.b.mul(run.row, x.step)), x.step)
 
     def runs(self, block: Any, work: Any) -> None:
         """work(run) for every run of keys that a block sees."""
         b = self.b
         begin, end = integer_at(b, self.starts, block), integer_at(b, self.starts, b.add(block, long(1)))
         with self.f.loop(begin, end) as (n, _, _):
-            key, keys, hides = (integer_at(b, self.table, b.add(b.mul(n, long(3)), long(i))) for i in range(3))
-            work(Run(key, keys, b.icmp_signed("!=", hides, long(0)), b.icmp_signed("==", n, begin)))
+            fields = [integer_at(b, self.table, b.add(b.mul(n, long(FIELDS)), long(i))) for i in range(FIELDS)]
+            key, keys, row, rows, hides = fields
+            work(Run(key, keys, row, rows, b.icmp_signed("!=", hides, long(0))))
 
-    def each_row(self, first: Any, count: Any, run: Run, work: Any) -> None:
-        """work(row of the block, keys rounded up to vectors, sees) for each row; sees(i) tells of a vector's keys."""
+    def each_row(self, first: Any, run: Run, work: Any) -> None:
+        """work(row of the block, keys rounded up to panels, sees) for a run's rows; sees(i): of a vector's keys."""
         b = self.b
-        width = b.mul(parts_of(b, run.keys, self.on.columns), long(self.on.columns))
+        width = b.mul(parts_of(b, run.keys, PANEL), long(PANEL))
         begins, ends, reach = (at(b, each, b.mul(run.key, long(4))) for each in self.key_bounds)
 
         def rows(*, hides: bool) -> None:
-            with self.f.loop(long(0), count) as (row, _, _):
+            with self.f.loop(run.row, b.add(run.row, run.rows)) as (row, _, _):
                 order, place = (
                     self.v.everywhere(b.load(at(b, a, b.mul(b.add(first, row), long(4))), typ=INT, align=4))
                     for a in (self.order, self.places)
@@ -192,7 +213,7 @@ class Forward(Blocks):
         b, v = self.b, self.v
         first, count = self.block_of(block)
         kv_head, q = b.sdiv(head, self.group), self.matrix(query, first, head)
-        turned = at(b, self.turned, b.mul(kv_head, b.mul(self.panels, long(self.dim * self.line))))
+        turned = at(b, self.turned, b.mul(kv_head, b.mul(self.panels, long(PANEL * self.size))))
         split = at(b, self.split, b.mul(kv_head, b.mul(self.keys, long(self.size))))
         with self.f.loop(long(0), count) as (row, _, _):
             out, lse, sums = self.places_of(row, b.add(first, row), head)
@@ -203,11 +224,13 @@ class Forward(Blocks):
                     self.start(row, ir.Constant(FLOAT, LOWEST), 0.0, sums, lambda _: v.number(0.0))
 
         def add(run: Run) -> None:
-            self.scores(q, count, turned, run, self.s)
-            self.each_row(first, count, run, self.weigh)
+            self.scores(q, turned, run, self.s)
+            self.each_row(first, run, self.weigh)
             values = Matrix(at(b, split, b.mul(run.key, long(self.line))), long(self.line))
-            weights, sums = (self.s, long(LINE), long(NUMBER)), Matrix(self.sums, long(self.size))
-            self.across(weights, count, values, run.keys, sums, YES, b.mul(self.keys, long(self.line)))
+            weights, sums = (
+                self.rows_of(Matrix(*each), run) for each in ((self.s, long(LINE)), (self.sums, long(self.size)))
+            )
+            self.add_across(weights, run.rows, values, run.keys, sums, b.mul(self.keys, long(self.line)))
 
         self.runs(block, add)
         with self.f.loop(long(0), count) as (row, _, _):
@@ -267,51 +290,55 @@ class Forward(Blocks):
 
 
 class Backward(Blocks):
-    """Threads share the heads. Each has gradients of keys and values of its own, [heads, keys, dim], zeros before."""
+    """Threads share the groups of heads that read the same keys, each cut into so many parts. A part has gradients of
+    keys and values of its own, [kv_heads, parts, keys, dim], zeros before."""
 
     def __init__(self, on: Processor, dim: int) -> None:
         super().__init__(on, dim)
-        kinds = [*MATRIX, *MATRIX, ADDRESS, LONG, ADDRESS, ADDRESS, ADDRESS, ADDRESS, *MATRIX, ADDRESS, ADDRESS]
+        kinds = [*MATRIX, *MATRIX, ADDRESS, LONG, *[ADDRESS] * 4, *MATRIX, ADDRESS, ADDRESS, LONG]
         own, thread, threads = self.begin(kinds)
         self.query, self.d_out, self.d_query = own[:3], own[3:6], own[12:15]
         self.out, self.out_step, self.lse, self.turned_keys, self.turned_values, self.split_keys = own[6:12]
-        self.d_key, self.d_value = own[15:]
+        self.d_key, self.d_value, parts = own[15:]
         b = self.b
         self.s, self.t = scratch(b, ROWS * LINE), scratch(b, ROWS * LINE)
         self.dots = scratch(b, ROWS * NUMBER)
-        first, last = share_of(b, self.heads, thread, threads)
-        with self.f.loop(first, last) as (head, _, _), self.f.loop(long(0), self.blocks) as (block, _, _):
-            self.block(head, block)
+        first, last = share_of(b, b.mul(b.sdiv(self.heads, self.group), parts), thread, threads)
+        with self.f.loop(first, last) as (unit, _, _):
+            before = b.mul(b.sdiv(unit, parts), self.group)
+            begin, end = (b.add(before, edge) for edge in share_of(b, self.group, b.srem(unit, parts), parts))
+            with self.f.loop(begin, end) as (head, _, _), self.f.loop(long(0), self.blocks) as (block, _, _):
+                self.block(unit, head, block)
         in_threads(self.module, "backward", self.f.end())
 
-    def block(self, head: Any, block: Any) -> None:
+    def block(self, unit: Any, head: Any, block: Any) -> None:
         b = self.b
         first, count = self.block_of(block)
         kv_head = b.sdiv(head, self.group)
         q, d_out, d_query = (self.matrix(given, first, head) for given in (self.query, self.d_out, self.d_query))
-        panels = b.mul(kv_head, b.mul(self.panels, long(self.dim * self.line)))
+        panels = b.mul(kv_head, b.mul(self.panels, long(PANEL * self.size)))
         keys, values = at(b, self.turned_keys, panels), at(b, self.turned_values, panels)
         split = at(b, self.split_keys, b.mul(kv_head, b.mul(self.keys, long(self.size))))
-        of_head = b.mul(head, b.mul(self.keys, long(self.size)))
-        self.products(first, count, head, d_out)
+        self.products(first, count, head, d_out, d_query)
 
         def add(run: Run) -> None:
-            self.scores(q, count, keys, run, self.s)
-            self.scores(d_out, count, values, run, self.t)
-            self.each_row(first, count, run, lambda *row: self.slopes(first, head, *row))
-            mine = b.add(of_head, b.mul(run.key, long(self.size)))
-            for weights, of, grad in ((self.s, d_out, self.d_value), (self.t, q, self.d_key)):
+            self.scores(q, keys, run, self.s)
+            self.scores(d_out, values, run, self.t)
+            self.each_row(first, run, lambda *row: self.slopes(first, head, *row))
+            s, t = (self.rows_of(Matrix(each, long(LINE)), run) for each in (self.s, self.t))
+            mine = b.mul(b.add(b.mul(unit, self.keys), run.key), long(self.size))
+            for weights, of, grad in ((s, d_out, self.d_value), (t, q, self.d_key)):
                 into = Matrix(at(b, grad, mine), long(self.size))
-                self.across((weights, long(NUMBER), long(LINE)), run.keys, of, count, into, YES, long(self.line))
+                self.add_across(weights.turned, run.keys, self.rows_of(of, run), run.rows, into, long(self.line))
             w = Matrix(at(b, split, b.mul(run.key, long(self.line))), long(self.line))
-            adds = b.not_(run.begins_here)
             panel = b.mul(self.keys, long(self.line))
-            self.across((self.t, long(LINE), long(NUMBER)), count, w, run.keys, d_query, adds, panel)
+            self.add_across(t, run.rows, w, run.keys, self.rows_of(d_query, run), panel)
 
         self.runs(block, add)
 
-    def products(self, first: Any, count: Any, head: Any, d_out: Matrix) -> None:
-        """A row's output times its gradient: the sum that softmax's derivative takes off (FlashAttention, 3.1)."""
+    def products(self, first: Any, count: Any, head: Any, d_out: Matrix, d_query: Matrix) -> None:
+        """A row's output times its gradient: the sum that softmax's derivative takes off (FlashAttention, 3.1). Where
+        the gradient of its query is added up becomes zero."""
         b = self.b
         out = self.matrix((self.out, self.out_step, long(self.size)), first, head)
         with self.f.loop(long(0), count) as (row, _, _):
@@ -320,6 +347,8 @@ class Backward(Blocks):
                 self.f, self.on, long(self.dim), lambda v, i, s: v.multiply_add(v.load(x, i), v.load(y, i), s)
             )
             self.put(dot, self.dots, row)
+            for i in range(0, self.dim, self.on.width):
+                self.v.store(self.v.number(0.0), at(b, d_query.start, b.mul(row, d_query.step)), long(i))
 
     def slopes(self, first: Any, head: Any, row: Any, width: Any, sees: Any) -> None:
         """A row's scores become probabilities, and its gradients by those the gradients by its products with keys."""

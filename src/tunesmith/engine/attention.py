@@ -209,7 +209,7 @@ class CacheContext:
         if (span.start, window) not in self._sights:
             keys = np.arange(stop)
             rows, ends = keys[span.offset :], np.full(stop, ALWAYS)
-            self._sights[span.start, window] = flash.look(Seen(rows, rows, keys, ends, reach_of(keys, window)))
+            self._sights[span.start, window] = Sight(Seen(rows, rows, keys, ends, reach_of(keys, window)))
         keys, values = (side[layer][:, :stop].transpose(0, 1) for side in (span.store.keys, span.store.values))
         flash.forward(query[0].transpose(0, 1), keys, values, self._sights[span.start, window], scaling, out, lse)
 
@@ -221,7 +221,7 @@ class CacheContext:
         if (node, window) not in self._sights:
             places, keys = self.positions[rows].numpy(), np.arange(node.start, node.end)
             begins, ends = np.zeros_like(keys), np.full(len(keys), ALWAYS)
-            self._sights[node, window] = flash.look(Seen(places, places, begins, ends, reach_of(keys, window)))
+            self._sights[node, window] = Sight(Seen(places, places, begins, ends, reach_of(keys, window)))
         keys, values = (side[layer].transpose(0, 1) for side in (node.kv.keys, node.kv.values))
         first, last = int(rows[0]), int(rows[-1]) + 1
         side_by_side = last - first == len(rows)

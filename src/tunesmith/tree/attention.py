@@ -63,7 +63,7 @@ class View:
         keys, tokens = np.arange(-tree.prefix, tree.tokens), np.arange(tree.tokens)
         ends = np.concatenate([np.full(tree.prefix, tree.tokens), tree.subtree_end])
         places = np.concatenate([np.arange(tree.prefix), tree.position_ids])
-        return flash.look(Seen(tokens, tree.position_ids, keys, ends, reach_of(places, self.window)))
+        return Sight(Seen(tokens, tree.position_ids, keys, ends, reach_of(places, self.window)))
 
 
 class TreeContext:
