@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tunesmith.cpu import attention, blocks, flash, nibbles, products, rowwise, writing
+from tunesmith.cpu import attention, blocks, flash, narrow, nibbles, products, rowwise, writing
 
 OWN = writing.processor()
 # LLVM cuts vectors that a processor lacks into those it has, so wider ones are computed here too.
@@ -16,7 +16,7 @@ SHAPES = [None] if OWN is None else [OWN, writing.Processor(4, 6, 4), writing.Pr
 
 @pytest.fixture(params=SHAPES, ids=str)
 def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> writing.Processor | None:
-    for module in (attention, blocks, flash, nibbles, products, rowwise):
+    for module in (attention, blocks, flash, narrow, nibbles, products, rowwise):
         monkeypatch.setattr(module, "processor", lambda: request.param)
     torch.manual_seed(0)
     return request.param

@@ -110,6 +110,29 @@ def test_blocks_by_rows_and_by_columns(
     assert torch.equal(product(torch.eye(21), panels), weight.t())
 
 
+def test_products_keep_to_the_bands_of_what_stands_beside(on: Processor | None, threads: int) -> None:
+    """Blocks that end within a panel, one without columns, rows that belong to none; elsewhere is not even looked."""
+    blocks = [(slice(0, 64), slice(0, 4)), (slice(64, 75), slice(4, 4)), (slice(75, 130), slice(4, 9))]
+    u, h, x = torch.zeros(200, 9), torch.randn(50, 9), torch.randn(50, 30)
+    for rows, columns in blocks:
+        u[rows, columns] = torch.randn(rows.stop - rows.start, columns.stop - columns.start)
+    panels, beside = Panels.of(torch.randn(200, 30)), Panels.of(u)
+    beside.keep_to_bands(blocks)
+    plain = product(x, panels).double()
+    close(product(x, panels, thin=(h, beside)), plain + h.double() @ u.double().t())
+    if on is not None:
+        h[:, 4:] = torch.nan
+        assert not product(x, panels, thin=(h, beside))[:, : 64 // on.columns * on.columns].isnan().any()
+
+
+@pytest.mark.parametrize("step", [512, 1024])
+def test_rows_that_share_lines_of_the_cache(on: Processor | None, step: int) -> None:
+    weight, x = torch.randn(70, 40), torch.randn(50, step)
+    panels = Panels.of(weight)
+    close(product(x[:, :40], panels), x[:, :40].double() @ weight.double().t())
+    close(back_product(x[:, :70], panels), x[:, :70].double() @ weight.double())
+
+
 def test_no_rows_and_shapes_that_do_not_fit(on: Processor | None) -> None:
     panels = Panels.of(torch.randn(20, 10))
     assert product(torch.empty(0, 10), panels).shape == (0, 20)

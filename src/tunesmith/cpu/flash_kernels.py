@@ -8,9 +8,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from tunesmith.cpu.lanes import Lanes, exp, sum_along
+from tunesmith.cpu.lanes import Lanes, sum_along
 from tunesmith.cpu.sight import FIELDS, GRAIN, PANEL, PIECE, ROWS
-from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, walk
+from tunesmith.cpu.tiles import NOWHERE, call_for, plus, store, tiles_of, walk
 from tunesmith.cpu.writing import (
     ADDRESS,
     FLOAT,
@@ -111,7 +111,7 @@ class Blocks:
     def multiply(self, on: Processor, x: Matrix, rows: Any, w: Matrix, inner: Any, y: Matrix, *, adds: bool) -> None:
         """y [rows, columns] = x w, or added to it: one panel's width."""
         f, b = self.f, self.b
-        tiles = parts_of(b, rows, on.rows)
+        tiles = tiles_of(b, on, rows, x.step)
         with f.loop(long(0), tiles) as (tile, _, _):
             row, end = share_of(b, rows, tile, tiles)
             arguments = [at(b, x.start, b.mul(row, x.step)), x.step, x.along, w.start, w.step, inner]
@@ -198,12 +198,14 @@ class Forward(Blocks):
 
     def __init__(self, on: Processor, dim: int) -> None:
         super().__init__(on, dim)
+        self.shrink = self._shrink()
         own, thread, threads = self.begin([*MATRIX, ADDRESS, ADDRESS, ADDRESS, LONG, ADDRESS, LONG])
         query, (self.turned, self.split, self.out, self.out_step, self.lse, goes_on) = own[:3], own[3:]
         b = self.b
         self.goes_on = b.icmp_signed("!=", goes_on, long(0))
         self.s, self.sums = scratch(b, ROWS * LINE), scratch(b, ROWS * self.size)
-        self.largest, self.totals = scratch(b, ROWS * NUMBER), scratch(b, ROWS * NUMBER)
+        # Of each row: its largest score up to here, and with the run at hand; what is kept of its sums; their divisor.
+        self.largest, self.tops, self.kept, self.totals = (scratch(b, (ROWS + on.width) * NUMBER) for _ in range(4))
         first, last = share_of(b, b.mul(self.heads, self.blocks), thread, threads)
         with self.f.loop(first, last) as (unit, _, _):
             self.block(query, b.sdiv(unit, self.blocks), b.srem(unit, self.blocks))
@@ -225,7 +227,7 @@ class Forward(Blocks):
 
         def add(run: Run) -> None:
             self.scores(q, turned, run, self.s)
-            self.each_row(first, run, self.weigh)
+            self.weigh(first, run)
             values = Matrix(at(b, split, b.mul(run.key, long(self.line))), long(self.line))
             weights, sums = (
                 self.rows_of(Matrix(*each), run) for each in ((self.s, long(LINE)), (self.sums, long(self.size)))
@@ -244,37 +246,65 @@ class Forward(Blocks):
         return out, lse, at(b, self.sums, b.mul(row, long(self.size)))
 
     def start(self, row: Any, largest: Any, total: float, sums: Any, number: Callable[[int], Any]) -> None:
-        self.put(largest, self.largest, row)
+        for numbers in (self.largest, self.tops):  # the same but for a run's rows while it is weighed
+            self.put(largest, numbers, row)
         self.put(ir.Constant(FLOAT, total), self.totals, row)
         for i in range(0, self.dim, self.on.width):
             self.v.store(number(i), sums, long(i))
 
-    def weigh(self, row: Any, width: Any, sees: Any) -> None:
-        """A row's scores become exponentials; what was summed before is made smaller where there is a larger score."""
-        b, v, f = self.b, self.v, self.f
+    def weigh(self, first: Any, run: Run) -> None:
+        """A run's scores become exponentials; what was summed before is made smaller where there is a larger score.
+
+        In three turns over the rows: each waits for less of what is its own than one for all would.
+        """
+        b = self.b
+        self.each_row(first, run, self.find_largest)
+        places = [at(b, numbers, b.mul(run.row, long(NUMBER))) for numbers in (self.largest, self.tops, self.kept)]
+        b.call(self.shrink, [*places, run.rows])
+        self.each_row(first, run, self.raise_to_powers)
+
+    def _shrink(self) -> ir.Function:
+        """kept = exp(largest - tops), and largest = tops, of so many rows and as many more as a vector has."""
+        f = Function(self.module, "shrink", [ADDRESS, ADDRESS, ADDRESS, LONG])
+        f.itself.attributes.add("noinline")
+        v, (largest, tops, kept, rows) = Lanes(f, self.on.width), f.arguments
+        with f.loop(long(0), rows, self.on.width) as (row, _, _):
+            top = v.load(tops, row)
+            v.store(v.exp(f.builder.fsub(v.load(largest, row), top)), kept, row)
+            v.store(top, largest, row)
+        return f.end()
+
+    def find_largest(self, row: Any, width: Any, sees: Any) -> None:
+        b, v = self.b, self.v
         s, scale = at(b, self.s, b.mul(row, long(LINE))), v.everywhere(self.scale)
-        before = number_at(b, self.largest, row)
-        with f.loop(long(0), width, self.on.width, [v.everywhere(before)]) as (i, so_far, following):
+        with self.f.loop(long(0), width, self.on.width, [v.number(HIDDEN)]) as (i, so_far, following):
             score = b.fmul(v.load(s, i), scale)
             if sees is not None:
                 score = b.select(sees(i), score, v.number(HIDDEN))
             v.store(score, s, i)
             following[0] = b.select(b.fcmp_ordered(">", score, so_far[0]), score, so_far[0])
-        largest = v.largest(so_far[0])
+        before, here = number_at(b, self.largest, row), v.largest(so_far[0])
+        self.put(b.select(b.fcmp_ordered(">", before, here), before, here), self.tops, row)
+
+    def raise_to_powers(self, row: Any, width: Any, sees: Any) -> None:
+        b, v = self.b, self.v
+        s, largest, kept = (
+            at(b, self.s, b.mul(row, long(LINE))),
+            number_at(b, self.tops, row),
+            number_at(b, self.kept, row),
+        )
         top, nothing = v.everywhere(largest), v.number(0.0)
-        with f.loop(long(0), width, self.on.width, [nothing]) as (i, so_far, following):
+        with self.f.loop(long(0), width, self.on.width, [nothing]) as (i, so_far, following):
             score = v.load(s, i)
             power = v.exp(b.fsub(score, top))
             if sees is not None:
                 power = b.select(b.fcmp_ordered(">", score, v.number(LOWEST)), power, nothing)
             v.store(power, s, i)
             following[0] = b.fadd(so_far[0], power)
-        kept = exp(f, b.fsub(before, largest))
-        self.put(largest, self.largest, row)
         total = b.fmul(number_at(b, self.totals, row), kept)
         self.put(b.fadd(total, v.total(so_far[0])), self.totals, row)
         sums = at(b, self.sums, b.mul(row, long(self.size)))
-        with b.if_then(b.fcmp_ordered("!=", before, largest)):
+        with b.if_then(b.fcmp_unordered("!=", kept, ir.Constant(FLOAT, 1.0))):
             for i in range(0, self.dim, self.on.width):
                 v.store(b.fmul(v.load(sums, long(i)), v.everywhere(kept)), sums, long(i))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from tunesmith.cpu.writing import FLOAT, INT, NUMBER, Function, Processor, at, declare, long
+from tunesmith.cpu.writing import ADDRESS, FLOAT, INT, LONG, NUMBER, Function, Processor, at, declare, long
 
 # exp(r) for |r| <= ln(2) / 2, and ln(2) in two parts, of which the first times n is exact (Cephes' expf, S. Moshier)
 LN2 = (0.693359375, -2.12194440e-4)
@@ -30,6 +30,22 @@ class Lanes:
 
     def store(self, value: Any, address: Any, i: Any) -> None:
         self.b.store(value, at(self.b, address, self.b.mul(i, long(NUMBER))), align=NUMBER)
+
+    def below(self, end: Any) -> Any:
+        """Which of a vector's places come before `end`, for `load_some` and `store_some`."""
+        kind = ir.VectorType(LONG, self.count)
+        return self.b.icmp_signed("<", ir.Constant(kind, list(range(self.count))), self.everywhere(end))
+
+    def load_some(self, address: Any, some: Any) -> Any:
+        """The numbers in some places, which alone are read, and zeros in the others."""
+        kinds = [ADDRESS, INT, some.type, self.kind]
+        function = declare(self.module, f"llvm.masked.load.v{self.count}f32.p0", kinds, self.kind)
+        return self.b.call(function, [address, ir.Constant(INT, NUMBER), some, self.number(0.0)])
+
+    def store_some(self, value: Any, address: Any, some: Any) -> None:
+        kinds = [self.kind, ADDRESS, INT, some.type]
+        function = declare(self.module, f"llvm.masked.store.v{self.count}f32.p0", kinds)
+        self.b.call(function, [value, address, ir.Constant(INT, NUMBER), some])
 
     def number(self, value: float) -> Any:
         return ir.Constant(self.kind, [value] * self.count)

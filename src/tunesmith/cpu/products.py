@@ -9,7 +9,7 @@ weights, at hundreds of rows and one thread each 1.3 times (docs/LOG.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ class Panels:
         """W is [out, inner]. `of` and `empty` are how one comes by panels."""
         self.out, self.inner, self.numbers, self.on = out, inner, numbers, on
         self.scale: Tensor | None = None
+        self.bands: Tensor | None = None  # [panels, 2]: `keep_to_bands`
         self.panel_bytes = 0 if on is None else inner * on.columns * numbers.itemsize
 
     @classmethod
@@ -79,6 +80,16 @@ class Panels:
         x = (block if turned else block.t())[:, None]
         place = self.numbers.data_ptr() + rows.start // wide * self.panel_bytes + columns.start * wide * NUMBER
         lay_out(self.on, "turned" if turned else "split", x, place, self.panel_bytes, times)
+
+    def keep_to_bands(self, blocks: Sequence[tuple[slice, slice]]) -> None:
+        """Say that W consists of such blocks, rows and columns, one below the other, and zeros: no product is made with
+        those of a panel that has nothing but them."""
+        wide = 1 if self.on is None else self.on.columns
+        bands = [[self.inner, 0] for _ in range(-(-self.out // wide))]
+        for rows, columns in blocks:
+            for band in bands[rows.start // wide : -(-rows.stop // wide)]:
+                band[:] = min(band[0], columns.start), max(band[1], columns.stop)
+        self.bands = torch.tensor([(min(band), band[1]) for band in bands])
 
     def part(self, rows: slice) -> tuple[Panels, int]:
         """Some of W's rows, without a copy, and how many of those before them come along: none where a panel begins."""
@@ -179,6 +190,7 @@ def _run(
         NUMBER * h.stride(0),
         0 if u is None else u.numbers.data_ptr(),
         0 if u is None else u.inner,
+        0 if u is None or u.bands is None else u.bands.data_ptr(),
         y.data_ptr(),
         NUMBER * y.stride(0),
         0 if added is None else added.data_ptr(),

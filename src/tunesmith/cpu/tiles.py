@@ -32,6 +32,7 @@ from tunesmith.cpu.writing import (
     at,
     fetch,
     in_threads,
+    integer_at,
     is_there,
     long,
     new_module,
@@ -44,6 +45,7 @@ from tunesmith.cpu.writing import (
 BODY = 24
 DEPTH = 1024  # of the inner dimension, that a panel turned over has at a time: it stays in the second cache
 NOWHERE = ir.Constant(ADDRESS, None)
+PAGE, WAYS = 4096, 8  # memory so far apart falls on the same lines of the first cache, which keeps so many of it
 
 
 class Kind(Enum):
@@ -67,6 +69,7 @@ class Given:
     h_step: Any
     u: Any
     thin: Any
+    bands: Any  # of u's panels the columns that are not zero, from and to; or nowhere
     y: Any
     y_step: Any
     added: Any
@@ -78,7 +81,7 @@ class Given:
     split_rows: Any  # not 0: threads share the rows, else the panels
 
 
-KINDS = [ADDRESS, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG]
+KINDS = [ADDRESS, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, ADDRESS, LONG, ADDRESS, LONG]
 KINDS += [ADDRESS, ADDRESS, LONG, LONG, LONG]
 TILE_KINDS = [ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG, ADDRESS, LONG]
 TILE_KINDS += [ADDRESS, ADDRESS, ADDRESS, LONG]
@@ -92,13 +95,14 @@ def walk(
     right: tuple[Any, Any],
     inner: Any,
     *,
-    integers: bool = False,
+    weigh: Callable[[Lanes, Any, Any], Any] = Lanes.load,
     ahead: Callable[[Any], None] | None = None,
 ) -> list[Any]:
     """sums + left * right, `inner` steps along: what every product of matrices here is made of.
 
     left   where x begins, the step in bytes from row to row, and along a row
-    right  where a panel of w begins, of float32 or int8, and the step from one of its rows to the next
+    right  where a panel of w begins, and the step from one of its rows to the next
+    weigh  reads a vector of w, told its row's address and the vector's first column
     ahead  is told every step
     """
     (x, x_row, x_step), (w, w_step), b = left, right, f.builder
@@ -111,7 +115,7 @@ def walk(
             place = at(b, w, b.mul(k, w_step))
             rows = [at(b, each, b.mul(k, x_step)) for each in starts]
             for turn in range(turns):
-                weights = [_weights(v, place, long(on.width * vector), integers) for vector in range(on.vectors)]
+                weights = [weigh(v, place, long(on.width * vector)) for vector in range(on.vectors)]
                 if ahead is not None:
                     ahead(b.add(k, long(turn)))
                 for row, address in enumerate(rows):
@@ -125,9 +129,7 @@ def walk(
     return sums
 
 
-def _weights(v: Lanes, place: Any, first: Any, integers: bool) -> Any:
-    if not integers:
-        return v.load(place, first)
+def _integers(v: Lanes, place: Any, first: Any) -> Any:
     small = v.b.load(at(v.b, place, first), typ=ir.VectorType(BYTE, v.count), align=1)
     return v.b.sitofp(small, v.kind)
 
@@ -164,6 +166,17 @@ def turned(b: ir.IRBuilder, square: list[Any]) -> list[Any]:
         pairs = zip(square[: width // 2], square[width // 2 :], strict=True)
         square = [interleaved(*pair, half) for pair in pairs for half in (0, width // 2)]
     return square
+
+
+def tiles_of(b: ir.IRBuilder, on: Processor, rows: Any, step: Any) -> Any:
+    """Into how many tiles rows fall that lie `step` bytes apart: of such as share lines of the first cache no more to a
+    tile than it keeps, else every number would be fetched anew."""
+    most = long(on.rows)
+    for apart, fit in ((PAGE // 2, 2 * WAYS), (PAGE, WAYS)):
+        if fit < on.rows:
+            shared = b.icmp_signed("==", b.and_(step, long(apart - 1)), long(0))
+            most = b.select(shared, long(fit), most)
+    return b.sdiv(b.add(rows, b.sub(most, long(1))), most)
 
 
 def call_for(f: Function, functions: Mapping[int, ir.Function], count: Any, arguments: list[Any]) -> None:
@@ -211,7 +224,8 @@ class Tiles:
 
         sums = [v.number(0.0)] * (rows * self.on.vectors)
         left, right = (x, x_step, long(NUMBER)), (w, long(self.panel_step))
-        sums = walk(f, self.on, sums, left, right, inner, integers=self.integers, ahead=ahead)
+        weigh = _integers if self.integers else Lanes.load
+        sums = walk(f, self.on, sums, left, right, inner, weigh=weigh, ahead=ahead)
         if self.integers:
             sums = [b.fmul(s, v.load(scale, long(self.on.width * (i % self.on.vectors)))) for i, s in enumerate(sums)]
         sums = walk(f, self.on, sums, (h, h_step, long(NUMBER)), (u, long(self.line)), thin)
@@ -283,9 +297,9 @@ class Tiles:
 
     def _panel(self, f: Function, given: Given, rows: Any, panel: Any, following: Any, spare: Any) -> None:
         """All tiles of a panel of y, for rows [first, last). `following` is fetched meanwhile."""
-        b, most, columns, (first, last) = f.builder, self.on.rows, self.on.columns, rows
+        b, columns, (first, last) = f.builder, self.on.columns, rows
         mine = b.sub(last, first)
-        tiles = parts_of(b, mine, most)
+        tiles = tiles_of(b, self.on, mine, given.x_step)
         ahead_step = long(0)
         if self.kind is not Kind.BACK:
             some = b.select(b.icmp_signed(">", tiles, long(0)), tiles, long(1))
@@ -293,7 +307,9 @@ class Tiles:
         byte = b.mul(panel, long(self.line))
         own = b.sub(given.width, b.mul(panel, long(columns)))  # columns left; the last panel may be cut off
         cut_off = b.icmp_signed("<", own, long(columns))
-        u = at(b, given.u, b.mul(panel, b.mul(given.thin, long(self.line))))
+        first_rank, thin = self._band(f, given, panel)
+        h = at(b, given.h, b.mul(first_rank, long(NUMBER)))
+        u = at(b, given.u, b.mul(b.add(b.mul(panel, given.thin), first_rank), long(self.line)))
         bias = b.select(is_there(b, given.bias), at(b, given.bias, byte), NOWHERE)
         adds = b.and_(is_there(b, given.added), b.not_(cut_off))
         if self.panel_step > LINE:  # a tile alone: the processor foresees better what it reads
@@ -305,13 +321,21 @@ class Tiles:
             y = at(b, at(b, given.y, b.mul(row, given.y_step)), byte)
             added = at(b, at(b, given.added, b.mul(row, given.added_step)), byte)
             arguments = [at(b, given.x, b.mul(row, given.x_step)), given.x_step, given.w, given.inner]
-            arguments += [at(b, given.h, b.mul(row, given.h_step)), given.h_step, u, given.thin]
+            arguments += [at(b, h, b.mul(row, given.h_step)), given.h_step, u, thin]
             arguments += [b.select(cut_off, spare, y), b.select(cut_off, long(self.line), given.y_step)]
             arguments += [b.select(adds, added, NOWHERE), given.added_step, bias, at(b, given.scale, byte)]
             arguments += [at(b, following, b.mul(b.mul(given.inner, ahead_step), tile)), ahead_step]
             call_for(f, self.tiles, b.sub(end, row), arguments)
             with b.if_then(cut_off, likely=False):
                 self._copy(f, replace(given, y=y, added=added), is_there(b, given.added), spare, b.sub(end, row), own)
+
+    def _band(self, f: Function, given: Given, panel: Any) -> tuple[Any, Any]:
+        """The first of h's columns that a panel is multiplied with, and how many."""
+        b, before = f.builder, f.builder.block
+        with b.if_then(is_there(b, given.bands)):
+            first, end = (integer_at(b, given.bands, b.add(b.mul(panel, long(2)), long(side))) for side in (0, 1))
+            count, then = b.sub(end, first), b.block
+        return f.either((long(0), before), (first, then)), f.either((given.thin, before), (count, then))
 
     def _copy(self, f: Function, given: Given, adds: Any, spare: Any, rows: Any, columns: Any) -> None:
         """What of a tile lies within y, from the memory into which it was written."""

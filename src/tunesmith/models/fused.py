@@ -140,14 +140,15 @@ class FusedDecoder:
 
     @torch.no_grad()
     def forward(
-        self, x: Tensor, position_ids: Tensor, attention: Attention, rows: Tensor, *, keep: bool
+        self, x: Tensor, position_ids: Tensor, attention: Attention, rows: Tensor, *, keep: bool, changed: bool = True
     ) -> tuple[Tensor, Held | None]:
         """Normalised hidden states of `rows` [rows, hidden]; with `keep` also what `backward` wants.
 
-        x [tokens, hidden] are the tokens' embeddings, overwritten unless `keep` and `first` is 0.
+        x [tokens, hidden] are the tokens' embeddings, overwritten unless `keep` and `first` is 0. `changed`: whether
+        the adapter may be another than in the pass before.
         """
         tokens, first = len(x), self.first if keep else len(self.layers)
-        context = Pass(self._rope(x, position_ids), attention, self.work)
+        context = Pass(self._rope(x, position_ids), attention, self.work, changed)
         passing = self.one_layer.take(tokens) if first else []
         slabs, kept = self.slabs.take(tokens) if keep else [], list[Kept]()
         last = x.new_empty(len(rows), self.hidden)

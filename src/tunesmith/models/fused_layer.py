@@ -103,6 +103,7 @@ class Pass:
     rope: tuple[Tensor, Tensor]  # cos and sin, [rows, 1, rotated dimensions / 2] each
     attention: Attention
     work: Workspace
+    lays_out: bool  # whether the adapter may have changed since it was laid out
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class FusedLayer:
         """Fills `kept`, whose x is given, and x_next; with `rows` [tail rows] only those, in that order."""
         geometry, work = self.geometry, here.work
         qkv = self.qkv.opened("qkv weight", work.take)
-        qkv.lay_out_adapter()
+        if here.lays_out:
+            qkv.lay_out_adapter()
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)
             self.input_norm.forward(kept.x[s], normed)
@@ -152,12 +154,13 @@ class FusedLayer:
             rotate_(geometry.by_head(q_and_k), here.rope[0][s], here.rope[1][s])
         q, k, v = geometry.split(kept.qkv)
         kept.extra = here.attention.forward(self.index, q, k, v, geometry.by_head(kept.attended))
-        self._tail(work, kept, x_next, rows)
+        self._tail(work, kept, x_next, rows, lays_out=here.lays_out)
 
-    def _tail(self, work: Workspace, kept: Kept, x_next: Tensor, rows: Tensor | None) -> None:
+    def _tail(self, work: Workspace, kept: Kept, x_next: Tensor, rows: Tensor | None, *, lays_out: bool) -> None:
         o, gate_up, down = self._opened_tail(work)
-        for stack in (o, gate_up, down):
-            stack.lay_out_adapter()
+        if lays_out:
+            for stack in (o, gate_up, down):
+                stack.lay_out_adapter()
         own_o, own_down = kept.own.chunk(2, dim=1)
         x, attended = (kept.x, kept.attended) if rows is None else (kept.x[rows], kept.attended[rows])
         _, h_o, h_gate_up, h_down = kept.thin

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tunesmith.cpu import narrow
 from tunesmith.cpu.products import Panels, Thin, back_product, product
 from tunesmith.models.lora import LoraLinear, LoraWeights
 from tunesmith.models.packed import can_pack, joined_bias, page_out, stacked
@@ -37,6 +38,15 @@ class _Member:
     def weight(self) -> Tensor:
         """[out, in]"""
         return self.linear.weight.detach()
+
+
+@dataclass
+class _LaidOut:
+    """The adapter as products take it."""
+
+    ups: Panels | None = None  # s B [out, rank], beside a base in panels
+    downs: Panels | None = None  # A^T [in, rank], likewise
+    down: Tensor | None = None  # A^T for narrow.product
 
 
 class Stack:
@@ -62,7 +72,7 @@ class Stack:
         found = next((m.squares for m in self.members if m.squares is not None), None)
         self.gains = None if found is None else found.new_ones(out)  # [out], of DoRA
         self._whole: Panels | None = None  # all members' weights together
-        self._beside: tuple[Panels, Panels] | None = None  # the adapter: s B [out, rank], A^T [in, rank]
+        self._adapter = _LaidOut()
         self.bias = joined_bias([m.linear.out_features for m in self.members], [m.bias for m in self.members])
         self.quantised = [m.linear for m in self.members if isinstance(m.linear, QuantisedLinear)]
         if self.quantised:
@@ -81,12 +91,13 @@ class Stack:
     def unpack(self) -> None:
         """Give the copy back."""
         if not self.quantised:
-            self._whole = self._beside = None
+            self._whole, self._adapter = None, _LaidOut()
 
     def _make_room_beside(self, dtype: torch.dtype) -> None:
         zeros = partial(torch.zeros, dtype=dtype)
         ups, downs = (Panels.empty(width, self.rank, zeros) for width in (self.out_features, self.in_features))
-        self._beside = ups, downs
+        ups.keep_to_bands([(member.out, member.ranks) for member in self.members])
+        self._adapter = _LaidOut(ups, downs)
 
     def opened(self, name: str, take: Callable[[str, int, int], Tensor]) -> Stack:
         """The stack as it is computed with. Quantised weights are dequantised, once for all slices of rows, into memory
@@ -107,17 +118,20 @@ class Stack:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def lay_out_adapter(self) -> None:
-        """Beside panels, as it is now, and its gains: before a forward pass, whose backward uses them too. Safe in
-        several threads: they write the same numbers."""
+        """As it is now, and its gains: before a forward pass, whose backward uses them too. Safe in several threads:
+        they write the same numbers."""
         if self.gains is not None:
             self._write_gains(self.gains)
-        if self._beside is None:
+        if not self.rank:
             return
-        ups, downs = self._beside
-        for member in self.members:
-            if member.adapter is not None:
-                ups.write(member.out, member.ranks, member.adapter.b.detach(), member.adapter.scaling)
-                downs.write(slice(0, self.in_features), member.ranks, member.adapter.a.detach().t())
+        down, laid_out = self.down(), self._adapter
+        laid_out.down = narrow.turned(down)
+        if laid_out.downs is not None:
+            laid_out.downs.write(slice(0, self.in_features), slice(0, self.rank), down.t())
+        if laid_out.ups is not None:
+            for member in self.members:
+                if member.adapter is not None:
+                    laid_out.ups.write(member.out, member.ranks, member.adapter.b.detach(), member.adapter.scaling)
 
     def _write_gains(self, gains: Tensor) -> None:
         """m / |W + s B A|, where |W + s B A|^2 = |W|^2 + (2 s W A^T + s^2 B A A^T) . B for every output."""
@@ -152,9 +166,10 @@ class Stack:
 
     def _forward(self, x: Tensor, h: Tensor, out: Tensor, residual: Tensor | None, bias: Tensor | None) -> None:
         if self.rank:
-            torch.mm(x, self.down().t(), out=h)
+            assert self._adapter.down is not None, "the adapter was not laid out"
+            narrow.product(x, self._adapter.down, h)
         if self._whole is not None:
-            product(x, self._whole, out=out, added=residual, bias=bias, thin=self._thin(h, 0))
+            product(x, self._whole, out=out, added=residual, bias=bias, thin=self._beside(h, self._adapter.ups))
             return
         for member in self.members:
             own = out[:, member.out]
@@ -168,22 +183,22 @@ class Stack:
     def through(self, dy: Tensor, g: Tensor, dx: Tensor) -> Tensor:
         """dx = dy W + g A, returned."""
         if self._whole is not None:
-            return back_product(dy, self._whole, out=dx, thin=self._thin(g, 1))
+            return back_product(dy, self._whole, out=dx, thin=self._beside(g, self._adapter.downs))
         dx.zero_()
         for member in self.members:
             dx.addmm_(dy[:, member.out], member.weight)
         return dx.addmm_(g, self.down()) if self.rank else dx
 
-    def _thin(self, h: Tensor, which: int) -> Thin | None:
-        return None if self._beside is None or not self.rank else (h, self._beside[which])
+    def _beside(self, h: Tensor, panels: Panels | None) -> Thin | None:
+        return None if panels is None or not self.rank else (h, panels)
 
     def upstream(self, dy: Tensor) -> Tensor:
         """g = s dy B."""
         g = dy.new_empty(len(dy), self.rank)
         for member in self.members:
             if member.adapter is not None:
-                into, scaling = g[:, member.ranks], member.adapter.scaling
-                torch.addmm(into, dy[:, member.out], member.adapter.b.detach(), beta=0, alpha=scaling, out=into)
+                b, scaling = member.adapter.b.detach(), member.adapter.scaling
+                narrow.product(dy[:, member.out], b, g[:, member.ranks], scaling)
         return g
 
 
@@ -200,7 +215,7 @@ class StackGradients:
         self.grad_a = like.new_empty(stack.rank, stack.in_features)
         self.grad_b = [adapter.b.new_empty(adapter.b.t().shape) for _, adapter in self.learning]
         self.grad_m = None if stack.gains is None else torch.zeros_like(stack.gains)  # times m
-        self._begun = 0  # whether there is anything to add to
+        self._begun = False  # whether there is anything to add to
 
     def entering(self, dy: Tensor, y: Tensor, take: Callable[[str, int, int], Tensor]) -> Tensor:
         """dy as the products see it: with gains, times these, in memory from `take` (as Stack.opened has it). y
@@ -217,9 +232,9 @@ class StackGradients:
         if not self.learning:
             return
         for (member, adapter), grad in zip(self.learning, self.grad_b, strict=True):
-            grad.addmm_(h[:, member.ranks].t(), dy[:, member.out], beta=self._begun, alpha=adapter.scaling)
-        self.grad_a.addmm_(g.t(), x, beta=self._begun)
-        self._begun = 1
+            narrow.product(h[:, member.ranks].t(), dy[:, member.out], grad, adapter.scaling, adds=self._begun)
+        narrow.product(g.t(), x, self.grad_a, adds=self._begun)
+        self._begun = True
 
     def collect(self, into: dict[int, Tensor]) -> None:
         """File the gradients under their parameters' identities."""

@@ -207,7 +207,8 @@ class _FusedPass(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         positions = torch.as_tensor(tree.position_ids)
-        hidden, held = decoder.forward(inputs[0], positions, attention, rows, keep=keep)
+        behind = attention.context.prefix is not None  # whose pass had the adapter as it is
+        hidden, held = decoder.forward(inputs[0], positions, attention, rows, keep=keep, changed=not behind)
         ctx.set_materialize_grads(False)
         ctx.decoder, ctx.held, ctx.attention, ctx.inputs = decoder, held, attention, inputs
         # Not kept: what ctx holds of its own outputs holds ctx, and would never be freed.
