@@ -20,7 +20,7 @@ from tunesmith.train.forward import Body, run_tree
 from tunesmith.train.gradient import accumulate
 from tunesmith.train.losses import Loss
 from tunesmith.train.sharding import ShardedBody
-from tunesmith.tree.heads import LOGITS_AT_ONCE
+from tunesmith.tree.heads import rows_at_once
 from tunesmith.tree.layout import build_tree, inputs
 from tunesmith.types import TokenizedExample
 
@@ -274,5 +274,6 @@ def _fixed_bytes(body: Body, parameters: Mapping[str, nn.Parameter]) -> int:
     apart = lanes * trained if lanes > 1 else 0
     gathered = body.gathered_bytes if isinstance(body, ShardedBody) else 0
     dequantised = body.dequantised_bytes * torch.get_num_threads() if isinstance(body, FusedBody) else 0
-    logits = lanes * 2 * LOGITS_AT_ONCE * 4
+    vocabulary = body.head.weight.shape[0]
+    logits = lanes * 2 * rows_at_once(vocabulary) * vocabulary * 4
     return resident_bytes() + (1 + ADAMW_MOMENTS) * trained + apart + logits + gathered + dequantised

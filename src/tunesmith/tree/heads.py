@@ -20,6 +20,7 @@ from tunesmith.cpu import rowwise
 from tunesmith.cpu.products import Panels, back_product, product
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MB of float32: what stays in a cache, and an allocator gives again without new pages
+ROWS_AT_ONCE = 64  # at least, however large the vocabulary: for fewer the head's weights are fetched too often
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,14 @@ class _Slice:
         return self.logits[self.rows, self.targets]
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Of how many rows the logits exist at a time."""
+    return max(ROWS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+
+
 def _slices(hidden: Tensor, head: Head, entries: Entries) -> Iterator[_Slice]:
     vocabulary, dtype = head.weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    size = rows_at_once(vocabulary)
     buffer = hidden.new_empty(min(size, len(hidden)), vocabulary)
     for start in range(0, len(hidden), size):
         stop = min(start + size, len(hidden))
