@@ -255,7 +255,8 @@ class Forward(Blocks):
     def weigh(self, first: Any, run: Run) -> None:
         """A run's scores become exponentials; what was summed before is made smaller where there is a larger score.
 
-        In three turns over the rows: each waits for less of what is its own than one for all would.
+        In three turns over the rows: in one turn a row's largest score, its exponential and its sum would wait for each
+        other.
         """
         b = self.b
         self.each_row(first, run, self.find_largest)
