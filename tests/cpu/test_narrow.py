@@ -55,7 +55,7 @@ def test_numbers_of_another_type_are_left_to_pytorch(on: Processor | None) -> No
     torch.testing.assert_close(narrow.product(x, narrow.turned(w), torch.empty(5, 7).double()), x @ w.t())
 
 
-def test_shapes_that_do_not_fit(kernels: Processor) -> None:
+def test_shapes_that_do_not_fit(on: Processor | None) -> None:
     for w, out in ((torch.randn(5, 7), torch.empty(4, 7)), (torch.randn(6, 7), torch.empty(4, 8))):
         with pytest.raises(AssertionError):
             narrow.product(torch.randn(4, 6), w, out)

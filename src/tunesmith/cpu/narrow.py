@@ -1,7 +1,8 @@
 """Products of which one side is an adapter's rank, of matrices as they lie.
 
-A tile is one vector wide and as tall as the registers allow: where it holds the whole rank every number of the wide
-matrix is read once, and what is left at the end of a row is a vector of which some places are not read.
+A tile is one vector wide and sixteen rows tall: where it holds the whole rank every number of the wide matrix is read
+once, and what is left at the end of a row is a vector of which some places are not read. That takes processors on which
+this costs nothing (AVX-512); on others PyTorch's products are faster (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from tunesmith.cpu.writing import (
     threads_for,
 )
 
+TILE = Processor(width=16, rows=16, vectors=1)
 KINDS = [ADDRESS, LONG, LONG, ADDRESS, LONG, LONG, ADDRESS, LONG, LONG, LONG, LONG, LONG, LONG]
 
 
 def turned(a: Tensor) -> Tensor:
     """a^T as `product` takes it for w: a [columns, inner] by vectors of its rows, [panels, inner, width], a copy; where
-    there are no kernels a view."""
+    there is no kernel a view."""
     (columns, inner), on = a.shape, _kernels_for(a)
     if on is None:
         return a.t()
@@ -55,14 +57,13 @@ def product(x: Tensor, w: Tensor, out: Tensor, times: float = 1.0, *, adds: bool
     """out = times * x w, or that added to it. x [rows, inner], w [inner, columns] or what `turned` gave, out [rows,
     columns]; x may have any strides, of the others rows are contiguous."""
     (rows, inner), columns = x.shape, out.shape[1]
-    on = _kernels_for(out)
-    if on is None:
-        return torch.addmm(out, x, w, beta=int(adds), alpha=times, out=out)
-    laid_out = w.ndim == 3
-    assert x.dtype == w.dtype == torch.float32
+    on, laid_out = _kernels_for(out), w.ndim == 3
     assert w.shape[-2] == inner
     assert laid_out or w.shape[1] == columns
     assert out.shape[0] == rows
+    if on is None:
+        return torch.addmm(out, x, w, beta=int(adds), alpha=times, out=out)
+    assert x.dtype == w.dtype == torch.float32
     assert 1 in (columns, out.stride(1))
     assert 1 in (columns, w.stride(-1))
     steps = [NUMBER * step for step in (*x.stride(), w.stride(-2), w.stride(0) if laid_out else on.width)]
@@ -83,14 +84,9 @@ def product(x: Tensor, w: Tensor, out: Tensor, times: float = 1.0, *, adds: bool
     return out
 
 
-def slender(on: Processor) -> Processor:
-    """The same with tiles one vector wide, and taller: a third of the sums less, for the mask needs registers too."""
-    return Processor(on.width, on.rows * on.vectors * 2 // 3, 1)
-
-
 def _kernels_for(x: Tensor) -> Processor | None:
     on = processor() if x.dtype == torch.float32 and x.device.type == "cpu" else None
-    return None if on is None else slender(on)
+    return TILE if on is not None and on.width == TILE.width else None
 
 
 class Writer:
