@@ -103,7 +103,7 @@ class Pass:
     rope: tuple[Tensor, Tensor]  # cos and sin, [rows, 1, rotated dimensions / 2] each
     attention: Attention
     work: Workspace
-    lays_out: bool  # whether the adapter may have changed since it was laid out
+    changed: bool  # whether the adapter may be another than in the pass before
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class FusedLayer:
         """Fills `kept`, whose x is given, and x_next; with `rows` [tail rows] only those, in that order."""
         geometry, work = self.geometry, here.work
         qkv = self.qkv.opened("qkv weight", work.take)
-        if here.lays_out:
+        if here.changed:
             qkv.lay_out_adapter()
         for s in slices(len(kept.x)):
             normed = work.take("normed", s.stop - s.start, self.qkv.in_features)
@@ -154,11 +154,12 @@ class FusedLayer:
             rotate_(geometry.by_head(q_and_k), here.rope[0][s], here.rope[1][s])
         q, k, v = geometry.split(kept.qkv)
         kept.extra = here.attention.forward(self.index, q, k, v, geometry.by_head(kept.attended))
-        self._tail(work, kept, x_next, rows, lays_out=here.lays_out)
+        self._tail(here, kept, x_next, rows)
 
-    def _tail(self, work: Workspace, kept: Kept, x_next: Tensor, rows: Tensor | None, *, lays_out: bool) -> None:
+    def _tail(self, here: Pass, kept: Kept, x_next: Tensor, rows: Tensor | None) -> None:
+        work = here.work
         o, gate_up, down = self._opened_tail(work)
-        if lays_out:
+        if here.changed:
             for stack in (o, gate_up, down):
                 stack.lay_out_adapter()
         own_o, own_down = kept.own.chunk(2, dim=1)
